@@ -1,0 +1,76 @@
+"""The ``cpu`` backend: C++ kernels of the native library, called through the operators of ``ops``."""
+
+import importlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+name = "cpu"
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@cache
+def load() -> str | None:
+    """Load the native library once. None, or the sentence that says why it is missing."""
+    try:
+        importlib.import_module("shvit_kernels._native")
+    except ModuleNotFoundError:
+        return "the native library is missing: no working C++ compiler was found when shvit_kernels was installed"
+    except ImportError as error:
+        return f"the native library does not load: {error}"
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels run with, for example ``avx512``."""
+    return torch.ops.shvit_kernels_native.instruction_set()
+
+
+def instruction_sets() -> list[str]:
+    """The kernel variants that this processor can run, best last."""
+    return torch.ops.shvit_kernels_native.instruction_sets().split()
+
+
+_missing = load()
+
+
+def why_unavailable() -> str | None:
+    return _missing
+
+
+def why_not(x: Tensor) -> str | None:
+    if _missing is not None:
+        return _missing
+    if not x.is_cpu:
+        return f"it runs on cpu tensors and x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it has kernels for float32, float64 and bfloat16 and x is {x.dtype}"
+    return None
+
+
+def _tracks_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_shsa_forward = torch.ops.shvit_kernels.shsa_forward_native.default
+_shsa = torch.ops.shvit_kernels.shsa_native.default
+_moments_forward = torch.ops.shvit_kernels.partial_moments_forward_native.default
+_moments = torch.ops.shvit_kernels.partial_moments_native.default
+
+
+def shsa(x: Tensor, x1: Tensor | None, *rest) -> Tensor:
+    x = ops.readable(x)
+    if _tracks_gradients(x, *rest[:4]):
+        return _shsa(x, x1, *rest)[0]
+    return _shsa_forward(x, *rest)[0]
+
+
+def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    x = ops.readable(x)
+    function = _moments if _tracks_gradients(x, *rest[:2]) else _moments_forward
+    mean, cov, *_ = function(x, *rest)
+    return mean, cov

@@ -1,0 +1,207 @@
+"""The functions of the library: documented, validated, and sent to a backend.
+
+Symbols: B images, C channels, P partial channels (``pdim``), D = ``qk_dim``, N = H*W tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _check_input(x: Tensor, pdim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [B, C, H, W], got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions [B, C, H, W], got {x.dim()}: {_describe(x)}")
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not 1 <= pdim <= x.shape[1]:
+        raise ValueError(f"pdim must lie between 1 and the channels of x ({x.shape[1]}), got {pdim}")
+    if x.shape[2] * x.shape[3] == 0:
+        raise ValueError(f"x must have at least one token, got height {x.shape[2]} and width {x.shape[3]}")
+
+
+def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.dtype != x.dtype and not (autocast and value.dtype in _FLOATING):
+        raise TypeError(f"{name} must have the dtype of x outside autocast: {name} is {value.dtype}, x is {x.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x: {name} is on {value.device}, x is on {x.device}")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that parameters are cast to, None where autocast is off or leaves ``x`` alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _tf32(x: Tensor) -> tuple[bool, bool]:
+    """PyTorch's TF32 settings for convolutions (the projection) and matrix products (attention)."""
+    if not (x.is_cuda and x.dtype == torch.float32):
+        return False, False
+    return (
+        torch.backends.cudnn.conv.fp32_precision == "tf32",
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
+    )
+
+
+def shsa(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None = None,
+    *,
+    qk_dim: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    scale: float | None = None,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Single-head self-attention over the first P channels; the others pass through (SHViT, section 3.2)::
+
+        x1, x2  = x[:, :P], x[:, P:]                          # P = qkv_weight.shape[1]
+        z       = group_norm(x1, 1, norm_weight, norm_bias)   # left out without norm_weight
+        q, k, v = split(qkv_weight @ z + qkv_bias, [D, D, P]) # per token
+        y       = concat(v softmax(scale * q^T k)^T, x2)      # then max(y, 0) if relu
+
+    Args:
+        x: ``[B, C, H, W]``, float16, bfloat16, float32 or float64, C >= P. NCHW-contiguous and channels_last
+            tensors are read in place; others are copied first.
+        qkv_weight: ``[2 * D + P, P]``, rows ordered query, key, value.
+        qkv_bias: ``[2 * D + P]``, or None for zeros.
+        qk_dim: D, the width of queries and keys, at least 1.
+        norm_weight: ``[P]``, weight of the group normalisation (one group); None leaves it out.
+        norm_bias: ``[P]``, its bias, or None for zeros.
+        norm_eps: added to the variance.
+        scale: factor of the logits, by default ``qk_dim ** -0.5``.
+        relu: apply ReLU to all channels of the result.
+        backend: name of a backend; by default the first that can run the call (see ``use_backend``).
+
+    Returns:
+        ``y``, shape, dtype and memory format of ``x``. Sums, softmax and statistics are at least float32. Under
+        autocast the parameters are cast to the autocast dtype. Compiled backends are differentiable once,
+        ``backend="eager"`` twice.
+
+    Raises:
+        TypeError: if an argument is no tensor, not of floating point, or its dtype differs from that of ``x`` outside
+            autocast.
+        ValueError: if shapes or devices do not fit, ``qk_dim < 1``, or the named backend is unknown or cannot run
+            the call; the message names the argument and both values.
+    """
+    return _shsa(
+        x,
+        None,
+        qkv_weight,
+        qkv_bias,
+        qk_dim=qk_dim,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm_eps=norm_eps,
+        scale=scale,
+        relu=relu,
+        backend=backend,
+    )
+
+
+def _shsa(
+    x: Tensor,
+    x1: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    *,
+    qk_dim: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    scale: float | None,
+    relu: bool,
+    backend: str | None,
+) -> Tensor:
+    """:func:`shsa` for a caller that already has a contiguous copy of ``x[:, :P]``, to be saved for the backward."""
+    if not isinstance(qkv_weight, Tensor):
+        raise TypeError(f"qkv_weight must be a tensor [2 * qk_dim + P, P], got {type(qkv_weight).__name__}")
+    if qkv_weight.dim() != 2:
+        raise ValueError(f"qkv_weight must have 2 dimensions [2 * qk_dim + P, P], got {_describe(qkv_weight)}")
+    if isinstance(qk_dim, bool) or not isinstance(qk_dim, (int, torch.SymInt)):
+        raise TypeError(f"qk_dim must be an int, got {qk_dim!r}")
+    if qk_dim < 1:
+        raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
+    P = qkv_weight.shape[1]
+    _check_input(x, P)
+    dtype = _autocast_dtype(x)
+    autocast = dtype is not None
+    O = 2 * qk_dim + P
+    _check_parameter("qkv_weight", qkv_weight, (O, P), x, autocast)
+    _check_parameter("qkv_bias", qkv_bias, (O,), x, autocast)
+    _check_parameter("norm_weight", norm_weight, (P,), x, autocast)
+    _check_parameter("norm_bias", norm_bias, (P,), x, autocast)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"norm_bias needs norm_weight, got norm_weight None and norm_bias {_describe(norm_bias)}")
+    if autocast:
+        norm_weight, norm_bias, qkv_weight, qkv_bias = (
+            t if t is None else t.to(dtype) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias)
+        )
+    if scale is None:
+        scale = qk_dim**-0.5
+    return backends.choose(x, backend).shsa(
+        x, x1, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, *_tf32(x)
+    )
+
+
+def partial_moments(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    pdim: int,
+    norm_eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[int, Tensor, Tensor]:
+    """Moments of the normalised first ``pdim`` channels over all images and tokens.
+
+    With ``z = group_norm(x[:, :pdim], 1, norm_weight, norm_bias)``, they give the batch statistics of any linear
+    projection ``W z``: mean ``W mean``, variance ``diag(W cov W^T)``. That is what makes batch normalisation foldable
+    while training.
+
+    Args:
+        x: ``[B, C, H, W]`` as for :func:`shsa`.
+        norm_weight: ``[P]``, or None to leave the group normalisation out.
+        norm_bias: ``[P]``, or None for zeros.
+        pdim: P, at most C.
+        norm_eps: added to the variance of the group normalisation.
+        backend: as for :func:`shsa`.
+
+    Returns:
+        ``(count, mean, cov)``: the number of tokens ``B * N``, the mean ``[P]`` and the biased covariance ``[P, P]``,
+        computed from centred values in at least float32; zeros for an empty batch. Both are differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`shsa` does.
+    """
+    if isinstance(pdim, bool) or not isinstance(pdim, (int, torch.SymInt)):
+        raise TypeError(f"pdim must be an int, got {pdim!r}")
+    _check_input(x, pdim)
+    dtype = _autocast_dtype(x)
+    _check_parameter("norm_weight", norm_weight, (pdim,), x, dtype is not None)
+    _check_parameter("norm_bias", norm_bias, (pdim,), x, dtype is not None)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"norm_bias needs norm_weight, got norm_weight None and norm_bias {_describe(norm_bias)}")
+    if dtype is not None:
+        norm_weight, norm_bias = (t if t is None else t.to(dtype) for t in (norm_weight, norm_bias))
+    mean, cov = backends.choose(x, backend).partial_moments(x, norm_weight, norm_bias, pdim, norm_eps)
+    return x.shape[0] * x.shape[2] * x.shape[3], mean, cov
