@@ -1,0 +1,52 @@
+# make run     set up, build, and compare stock and accelerated SHViT on a photograph (IMAGE=, CHECKPOINT=)
+# make test    set up, build, and run the whole test suite
+# make lint    check style; make format repairs it
+# make bench   measure the operator, the layer and the models
+# make clean   remove the environment and everything built
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+SET_UP := $(VENV)/.requirements-installed
+BUILT := $(VENV)/.library-built
+SOURCES := $(shell find csrc)
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+export IMAGE CHECKPOINT
+
+run: $(BUILT)
+	$(BIN)/python -m shvit_kernels demo $(if $(IMAGE),--image "$$IMAGE") $(if $(CHECKPOINT),--checkpoint "$$CHECKPOINT")
+
+# One process per core, at most 8, each with one thread.
+test: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+bench: $(BUILT)
+	$(BIN)/python -m shvit_kernels bench
+
+lint: $(SET_UP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(SET_UP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean:
+	rm -rf $(VENV) build demo shvit_kernels/*.so *.egg-info
+
+$(SET_UP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or newer, and $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint requirements.txt torch
+	$(BIN)/python -m pip install --no-deps --requirement requirements.txt
+	touch $@
+
+# shvit_kernels is installed in place: only a change of the C++ sources or of the packaging builds it again.
+$(BUILT): $(SET_UP) pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
+.PHONY: run test bench lint format clean
