@@ -1,0 +1,140 @@
+"""The numerical contract of the kernels (design section 6), as one comparison that every parity test goes through:
+
+max|kernel - truth| <= 2 * max|eager - truth| + 8 * u * S
+
+The truth is ``eager`` in float64 on the upcast inputs; ``eager`` beside it runs NCHW-contiguous in the kernel's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Results = dict[str, Tensor]
+"""Outputs by name, and gradients by the name of the input with a ``d`` in front."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of named tensors, and a gradient for each of its outputs."""
+
+    function: Callable[..., Results]
+    """Takes the inputs and ``backend`` by keyword, returns the outputs by name."""
+    inputs: dict[str, Tensor | None]
+    upstream: Results
+    autocast: bool = False
+    """Run under CPU autocast in bfloat16, to which every input but ``x`` is then rounded."""
+
+    def run(self, backend: str, needs: tuple[str, ...] | None = None) -> Results:
+        """Outputs, and the gradients of the inputs in ``needs`` (by default of all) as they come from one backward."""
+        needs = [name for name, t in self.inputs.items() if t is not None and (needs is None or name in needs)]
+        inputs = {k: t if t is None else t.detach().requires_grad_(k in needs) for k, t in self.inputs.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            outputs = self.function(**inputs, backend=backend)
+        results = {k: t.detach() for k, t in outputs.items()}
+        if needs:
+            upstream = [self.upstream[k] for k in outputs]
+            grads = torch.autograd.grad(list(outputs.values()), [inputs[k] for k in needs], upstream)
+            results |= {f"d{k}": g for k, g in zip(needs, grads, strict=True)}
+        return results
+
+    @property
+    def rounded_by_autocast(self) -> set[str]:
+        """Names of the inputs that autocast rounds; it leaves a float64 ``x`` and its parameters alone."""
+        return set(self.inputs) - {"x"} if self.autocast and self.inputs["x"].dtype != torch.float64 else set()
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Call:
+        """The same call with every input and upstream gradient changed."""
+        return replace(
+            self,
+            inputs={k: t if t is None else change(k, t) for k, t in self.inputs.items()},
+            upstream={k: change(k, t) for k, t in self.upstream.items()},
+        )
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call NCHW-contiguous in another type, on the values that the kernel sees."""
+        rounded = self.rounded_by_autocast
+
+        def convert(name: str, t: Tensor) -> Tensor:
+            return (t.bfloat16() if name in rounded else t).to(dtype).contiguous()
+
+        return replace(self.map(convert), autocast=False)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one result of a call must be, and how near."""
+
+    value: Tensor  # float64
+    bound: float
+    dtype: torch.dtype
+
+
+Exact = Callable[[Call], tuple[Results, dict[str, float]]]
+"""From a call in float64 to its results and S of each result."""
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def largest(t: Tensor) -> float:
+    """max|t|; 0 for an empty tensor, NaN if there is a NaN."""
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def distance(result: Tensor, value: Tensor) -> float:
+    return largest(result.double() - value)
+
+
+def per_image(call: Call) -> tuple[Results, dict[str, float]]:
+    """Results of a call whose images are independent, and S: for a parameter's gradient, the sum over the images of the
+    largest absolute value of the image's part; for everything else the largest absolute value of the whole."""
+    per_token = {"x", *call.upstream}
+    images = call.inputs["x"].shape[0]
+    parts = [call.map(lambda k, t, b=b: t[b : b + 1] if k in per_token else t).run("eager") for b in range(images)]
+    if not parts:
+        results = call.run("eager")
+        return results, dict.fromkeys(results, 0.0)
+    whole = {*call.upstream, "dx"}
+    results = {k: torch.cat([p[k] for p in parts]) if k in whole else sum(p[k] for p in parts) for k in parts[0]}
+    sizes = {k: largest(t) if k in whole else sum(largest(p[k]) for p in parts) for k, t in results.items()}
+    return results, sizes
+
+
+def expect(call: Call, exact: Exact = per_image) -> dict[str, Expected]:
+    """Every result of ``call`` as the specification has it, with its bound."""
+    plain = call.map(lambda _, t: t.contiguous()).run("eager")
+    values, sizes = exact(call.to(torch.float64))
+    # The truth about float64 is rounded in float64 too. Rounding errors are proportional to u, so eager's error there
+    # is taken to be 2^-29 of its error in float32, and counted once more for the truth.
+    if call.inputs["x"].dtype == torch.float64:
+        factor, single = 3 * 2.0**-29, call.to(torch.float32)
+        upcast = single.to(torch.float64).run("eager")
+        errors = {k: distance(t, upcast[k]) for k, t in single.run("eager").items()}
+    else:
+        factor, errors = 2, {k: distance(t, values[k]) for k, t in plain.items()}
+    rounded_by_autocast = {f"d{k}" for k in call.rounded_by_autocast}
+    expected = {}
+    for k, value in values.items():
+        unit = unit_roundoff(torch.bfloat16 if k in rounded_by_autocast else plain[k].dtype)
+        bound = factor * errors[k] + 8 * unit * sizes[k]
+        assert bound < float("inf"), f"{k} has no bound: the specification is not finite here"
+        expected[k] = Expected(value, bound, plain[k].dtype)
+    return expected
+
+
+def assert_parity(results: Results, expected: dict[str, Expected]) -> None:
+    """Every result has its shape and type and lies within its bound."""
+    wrong = []
+    for name, result in results.items():
+        e = expected[name]
+        assert result.shape == e.value.shape, f"{name} has shape {tuple(result.shape)}, not {tuple(e.value.shape)}"
+        assert result.dtype == e.dtype, f"{name} is {result.dtype}, not {e.dtype}"
+        error = distance(result, e.value)
+        if not error <= e.bound:  # so that NaN is wrong too
+            wrong.append(f"{name} is {error:.3g} from the truth, its bound is {e.bound:.3g}")
+    assert not wrong, "; ".join(wrong)
