@@ -8,7 +8,18 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_BATCHES, _IMAGES, _SIDE = 3, 4, 128
+_BATCHES, _IMAGES = 3, 4
+_MODEL_SIDE, _LAYER_SIDE = 128, 16
+
+
+def _input_shape(model: nn.Module) -> tuple[int, int, int, int]:
+    """Images where the model begins with a convolution, feature maps where it is a layer around an SHSA."""
+    for module in model.modules():
+        if hasattr(module, "pdim"):
+            return _IMAGES, module.dim, _LAYER_SIDE, _LAYER_SIDE
+        if isinstance(module, nn.Conv2d):
+            return _IMAGES, module.in_channels, _MODEL_SIDE, _MODEL_SIDE
+    raise ValueError(f"model must hold a convolution, and this {type(model).__name__} has none")
 
 
 @torch.no_grad()
@@ -16,7 +27,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw norm weights from [0.5, 1.5] and biases from normal(0, 0.2); take running statistics from training batches.
 
     Args:
-        model: takes images ``[B, in_chans, H, W]`` and has no fused normalisation yet. Training flags are kept.
+        model: a model of the family, or a layer around SHSA, not fused yet. Training flags are kept.
         seed: the same seed gives models of the same structure the same weights, on every device and in every dtype.
 
     Returns:
@@ -32,12 +43,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         norm.weight.copy_(torch.empty(norm.weight.shape).uniform_(0.5, 1.5, generator=generator))
         norm.bias.copy_(torch.empty(norm.bias.shape).normal_(0, 0.2, generator=generator))
 
-    first = next(p for p in model.parameters() if p.dim() == 4)
+    shape = _input_shape(model)
+    like = next(model.parameters())
     training = {m: m.training for m in model.modules()}
     model.train()
     for _ in range(_BATCHES):
-        images = torch.randn(_IMAGES, first.shape[1], _SIDE, _SIDE, generator=generator)
-        model(images.to(first.device, first.dtype))
+        model(torch.randn(shape, generator=generator).to(like.device, like.dtype))
     for module, flag in training.items():
         module.training = flag
     return model

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -39,8 +40,15 @@ def _read(path: str) -> object:
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
-def _state_dict(content: object, source: str) -> dict[str, Tensor]:
-    """The weights in a file's content: under ``model`` (official), under ``state_dict`` (timm), or all of it."""
+def read_weights(checkpoint) -> dict[str, Tensor]:
+    """The weights of a path or dict as :func:`load_checkpoint` takes it, names as they stand there; same errors."""
+    if isinstance(checkpoint, Mapping):
+        source, content = "the checkpoint", checkpoint
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        source = os.fspath(checkpoint)
+        content = _read(source)
+    else:
+        raise TypeError(f"checkpoint must be a path or a dict, got {type(checkpoint).__name__}")
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -78,73 +86,96 @@ def _timm_name(name: str) -> str:
     return f"stages.{stage}.downsample.{_OFFICIAL_DOWNSAMPLE.get(str(index), index)}.{rest}"
 
 
-def _variant(shapes: dict[str, torch.Size]) -> str | None:
-    """The published model whose widths and depths canonical names and shapes show, if any."""
-    depth = [len({name.split(".")[3] for name in shapes if name.startswith(f"stages.{i}.blocks.")}) for i in range(3)]
-    width = []
-    for i in range(3):
-        ends = (f"stages.{i}.blocks.0.ffn.m.pw2.c.weight", f"stages.{i}.blocks.0.ffn.m.pw2.weight")
-        width += [shapes[name][0] for name in ends if name in shapes and len(shapes[name])]
-    for name, variant in VARIANTS.items():
-        if variant["embed_dim"] == tuple(width) and variant["depth"] == tuple(depth):
-            return name
-    return None
+class Description(NamedTuple):
+    """What names and shapes tell of the model that weights come from."""
+
+    variant: str | None
+    """The published model of these widths and depths, if any."""
+    num_classes: int
+    """0 without a head."""
+    distillation: bool
+    fused: bool | None
+    """None where there is no stem to tell by."""
 
 
-def _is_fused(names: dict[str, str] | set[str]) -> bool:
-    return "patch_embed.0.weight" in names
+def describe(weights: Mapping[str, Tensor]) -> Description:
+    """The model that a state dict comes from, its names in any style that :func:`load_checkpoint` reads."""
+    weights = {name: weights[key] for key, name in _canonical(list(weights)).items()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items() if value.dim()}
+
+    def first(*names: str) -> int:
+        return next((shapes[name][0] for name in names if name in shapes), 0)
+
+    width = tuple(
+        first(f"stages.{i}.blocks.0.ffn.m.pw2.c.weight", f"stages.{i}.blocks.0.ffn.m.pw2.weight") for i in range(3)
+    )
+    depth = tuple(
+        len({name.split(".")[3] for name in shapes if name.startswith(f"stages.{i}.blocks.")}) for i in range(3)
+    )
+    fused = "patch_embed.0.weight" in shapes
+    if not fused and "patch_embed.0.c.weight" not in shapes:
+        fused = None
+    variants = [n for n, variant in VARIANTS.items() if (variant["embed_dim"], variant["depth"]) == (width, depth)]
+    return Description(
+        variant=variants[0] if variants else None,
+        num_classes=first("head.l.weight", "head.weight"),
+        distillation=any(name.startswith("head_dist.") for name in shapes),
+        fused=fused,
+    )
+
+
+def _show(value: torch.Size | torch.dtype) -> str:
+    return str(tuple(value) if isinstance(value, torch.Size) else value)
 
 
 def _some(what: str, items: list[str]) -> str:
+    """How many entries, and the first of them; empty for none."""
     more = ", ..." if len(items) > _SHOWN else ""
-    return f"{len(items)} {what} ({', '.join(items[:_SHOWN])}{more})"
+    return f"{len(items)} {what} ({', '.join(items[:_SHOWN])}{more})" if items else ""
+
+
+def _reason(file: Description, model: Description, offending: list[str]) -> str | None:
+    """The likely cause why entries do not fit, with what to do; None if there is none to name."""
+    if file.fused is not None and model.fused is not None and file.fused != model.fused:
+        if file.fused:
+            return "its batch normalisation is fused and the model's is not; call model.fuse() before loading"
+        return "its batch normalisation is not fused and the model's is; load it before calling fuse()"
+    if file.variant and file.variant != model.variant:
+        return f"it holds a {file.variant}" + (f" and the model is a {model.variant}" if model.variant else "")
+    if not all(name.startswith(("head.", "head_dist.")) for name in offending):
+        return None
+    if file.num_classes and file.num_classes != model.num_classes:
+        return (
+            f"its head has {file.num_classes} classes and the model's has {model.num_classes}; make the model with "
+            f"num_classes={file.num_classes}, load, and call reset_classifier({model.num_classes})"
+        )
+    if file.distillation != model.distillation:
+        return f"it comes from a model with distillation={file.distillation}; make the model so"
+    return None
 
 
 def _misfit(have: dict[str, Tensor], want: dict[str, Tensor], original: dict[str, str]) -> str | None:
     """Why the weights ``have`` do not fit the model's ``want`` (by canonical names), in words; None if they do."""
-    if _is_fused(have) != _is_fused(want):
-        if _is_fused(have):
-            return "its batch normalisation is fused and the model's is not: call model.fuse() before loading"
-        return "its batch normalisation is not fused and the model's is: load it before calling fuse()"
-
     missing = [name for name in want if name not in have]
     unexpected = [name for name in have if name not in want]
-    shapes = [name for name in want if name in have and have[name].shape != want[name].shape]
-    types = [name for name in want if name in have and have[name].is_floating_point() != want[name].is_floating_point()]
-    if not (missing or unexpected or shapes or types):
+    common = [name for name in want if name in have]
+    shapes = [name for name in common if have[name].shape != want[name].shape]
+    types = [name for name in common if have[name].is_floating_point() != want[name].is_floating_point()]
+    offending = missing + unexpected + shapes + types
+    if not offending:
         return None
 
-    theirs, ours = (_variant({name: value.shape for name, value in values.items()}) for values in (have, want))
-    if theirs and theirs != ours:
-        whose = f"it holds a {theirs}" + (f" and the model is a {ours}" if ours else "")
-    elif all(name.startswith(("head.", "head_dist.")) for name in missing + unexpected + shapes + types):
-        heads = [name for name in shapes if name.endswith("weight")]
-        if heads:
-            file_classes, classes = have[heads[0]].shape[0], want[heads[0]].shape[0]
-            whose = (
-                f"its head has {file_classes} classes and the model's has {classes}: make the model with "
-                f"num_classes={file_classes}, load, and call reset_classifier({classes})"
-            )
-        elif unexpected and not missing:
-            whose = "it has a second head: make the model with distillation=True"
-        else:
-            whose = "it lacks the model's head"
-    else:
-        whose = None
-    parts = [whose] if whose else []
-    if missing:
-        parts.append(_some("entries are missing", missing))
-    if unexpected:
-        parts.append(_some("entries are unexpected", [original[name] for name in unexpected]))
-    if shapes:
-        described = [
-            f"{original[name]}: {tuple(have[name].shape)}, the model's is {tuple(want[name].shape)}" for name in shapes
-        ]
-        parts.append(_some("entries have another shape", described))
-    if types:
-        described = [f"{original[name]}: {have[name].dtype}, the model's is {want[name].dtype}" for name in types]
-        parts.append(_some("entries have another type", described))
-    return "; ".join(parts)
+    def differing(names: list[str], what: str) -> list[str]:
+        return [f"{original[n]}: {_show(getattr(have[n], what))}, not {_show(getattr(want[n], what))}" for n in names]
+
+    parts = [
+        _some("missing", missing),
+        _some("unexpected", [original[name] for name in unexpected]),
+        _some("of another shape", differing(shapes, "shape")),
+        _some("of another type", differing(types, "dtype")),
+    ]
+    reason = _reason(describe(have), describe(want), offending)
+    return (f"{reason}. " if reason else "") + "Entries: " + "; ".join(filter(None, parts))
 
 
 def load_checkpoint(model: nn.Module, checkpoint) -> nn.Module:
@@ -172,15 +203,8 @@ def load_checkpoint(model: nn.Module, checkpoint) -> nn.Module:
             entries, and the variant that the file fits where its shapes tell.
         TypeError: if ``checkpoint`` is neither a path nor a dict.
     """
-    if isinstance(checkpoint, Mapping):
-        source, content = "the checkpoint", checkpoint
-    elif isinstance(checkpoint, (str, os.PathLike)):
-        source = os.fspath(checkpoint)
-        content = _read(source)
-    else:
-        raise TypeError(f"checkpoint must be a path or a dict, got {type(checkpoint).__name__}")
-
-    theirs = _state_dict(content, source)
+    theirs = read_weights(checkpoint)
+    source = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
     own = model.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ValueError("model must be on a real device to load weights, and it is on meta: call model.to_empty()")
