@@ -1,0 +1,62 @@
+"""Interleaved timing: every round times every contender, so that a drift of the machine meets all of them alike."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import quantiles
+
+import torch
+
+Call = Callable[[], object]
+
+SHORTEST_SAMPLE = 5e-3
+"""Seconds; faster calls are repeated until a sample lasts this long."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(*quantiles(values, n=4, method="inclusive")) if len(values) > 1 else cls(*(values * 3))
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(calls: dict[str, Call], rounds: int, after_round: Call = lambda: None) -> dict[str, list[float]]:
+    """Seconds per call of each contender in each round. The order within a round moves on by one every round."""
+    repeats = {}
+    for name, call in calls.items():
+        call()  # the first call allocates, compiles and chooses algorithms
+        call()
+        repeats[name] = math.ceil(SHORTEST_SAMPLE / _seconds(call, 1))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for _ in range(rounds):
+        for name in names:
+            samples[name].append(_seconds(calls[name], repeats[name]))
+        names.append(names.pop(0))
+        after_round()
+    return samples
+
+
+def peak(threads: int) -> tuple[str, float]:
+    """What was measured, and the floating-point operations per second that it reached: the best of 20 samples."""
+    native = torch.ops.shvit_kernels_native
+    if hasattr(native, "fma_peak"):
+        return "a loop of fused multiply-adds", max(native.fma_peak(threads) for _ in range(20))
+    n = 1024
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    samples = measure({"mm": lambda: torch.mm(a, b, out=out)}, rounds=20)
+    return f"torch.mm of two {n}x{n} float32 matrices", 2 * n**3 / min(samples["mm"])
