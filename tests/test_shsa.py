@@ -6,18 +6,20 @@ import math
 import pytest
 import torch
 
-from shvit_kernels import functional
 from shvit_kernels.backends import native
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, generator, named, shsa_call
-from tests.support.numerics import assert_parity, expect, largest
+from tests.support.numerics import assert_parity, expect, largest, unit_roundoff
 
 pytestmark = native_tier.needs_native
 
 BACKEND = "cpu"
 COVER = named(covering_set())
-# Short images on every variant: the long ones differ in the number of blocks only.
-SMALL_COVER = named(covering_set(N=(1, 16, 49, 64, 257), B=(1, 2), layout=("nchw", "channels_last"), strides=("dense",)))
+# Every variant runs a smaller set: many tokens differ in the number of blocks only.
+SHORT_CORNERS = {name: case for name, case in CORNERS.items() if case.N <= 1050}
+SMALL_COVER = named(
+    covering_set(N=(1, 16, 49, 64, 257), B=(1, 2), layout=("nchw", "channels_last"), strides=("dense",))
+)
 
 
 def by_name(cases: dict[str, Case]) -> list:
@@ -58,7 +60,7 @@ def test_parity_at_corners(case):
 
 
 @pytest.mark.parametrize("variant", native_tier.each_variant())
-@pytest.mark.parametrize("case", by_name(SMALL_COVER | CORNERS))
+@pytest.mark.parametrize("case", by_name(SMALL_COVER | SHORT_CORNERS))
 def test_parity_of_every_variant(case, variant):
     with native_tier.instruction_set(variant):
         check(case)
@@ -120,7 +122,10 @@ def test_strange_strides(make):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_gradient_of_any_strides(layout):
     """The gradient that arrives may be expanded (from a sum) or of the other memory format."""
-    for change in (lambda dy: torch.ones(()).expand(dy.shape), lambda dy: dy.transpose(2, 3).contiguous().transpose(2, 3)):
+    for change in (
+        lambda dy: torch.ones(()).expand(dy.shape),
+        lambda dy: dy.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
         call = shsa_call(Case(layout=layout))
         call.upstream["y"] = change(call.upstream["y"])
         assert_parity(call.run(BACKEND), expect(call))
@@ -131,11 +136,9 @@ def test_gradient_of_any_strides(layout):
 def test_output_keeps_the_memory_format(dtype, relu):
     for layout, memory_format in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
         for strides in ("dense", "sliced"):
-            for B in (0, 2):
-                case = Case(layout=layout, strides=strides, dtype=dtype, relu=relu, B=B)
-                results = shsa_call(case).run(BACKEND, ("x",))
-                for name, t in results.items():
-                    assert t.is_contiguous(memory_format=memory_format), f"{name} of {case}"
+            case = Case(layout=layout, strides=strides, dtype=dtype, relu=relu)
+            for name, t in shsa_call(case).run(BACKEND, ("x",)).items():
+                assert t.is_contiguous(memory_format=memory_format), f"{name} of {case}"
 
 
 def test_input_is_left_as_it_was():
@@ -254,7 +257,9 @@ def test_relu_keeps_nan_and_its_gradient_at_zero_is_zero():
     assert not results["dx"][0, 5].any()
 
 
-@pytest.mark.parametrize("case", [Case(P=7, D=1, N=1, B=1), Case(P=75, D=24, N=257, beyond=5), Case(P=66, N=49, B=3)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(P=7, D=1, N=1, B=1), Case(P=75, D=24, N=257, beyond=5), Case(P=66, N=49, B=3)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_result_depends_on_uninitialised_memory(case, dtype):
     """Fresh memory is filled with NaN, so a padding lane or an unwritten sum would show."""
@@ -321,8 +326,7 @@ def test_without_variance(P, N, value, dtype):
     x, weight, bias = (call.inputs[k].double() for k in ("x", "norm_weight", "norm_bias"))
     z = torch.nn.functional.group_norm(x, 1, weight, bias)
     bound = 32 * 2.0**-24 * (1 + 1e-5**-0.5 * largest(x)) * largest(weight)
-    # A mean of equal values, and the rounding of y to its type.
-    bound += 8 * torch.finfo(dtype).eps * largest(z)
+    bound += (8 * 2.0**-24 + unit_roundoff(dtype)) * largest(z)  # the mean over the keys, and y's own rounding
     assert largest(results["y"].double() - z) <= bound
 
 
@@ -367,10 +371,8 @@ def test_an_image_has_the_same_bits_in_any_batch():
             assert torch.equal(t[0], whole[name][b]), name
 
 
-@pytest.mark.parametrize("N", [257, 1050])
-def test_more_tokens_than_the_covering_set_reaches(N):
-    """Sixteen thousand tokens: the forward against the specification on a few queries."""
-    del N
+def test_sixteen_thousand_tokens():
+    """The forward against the specification on a few queries; all of them would not fit in memory."""
     case = Case(P=16, D=8, N=16384, B=1, beyond=1, relu=False, norm="none")
     call = shsa_call(case)
     y = call.run(BACKEND, ())["y"].flatten(2)[0]
@@ -380,10 +382,3 @@ def test_more_tokens_than_the_covering_set_reaches(N):
     queries = torch.randperm(case.N, generator=generator(case))[:64]
     attn = (q[:, queries].t() @ k * case.D**-0.5).softmax(-1)
     assert largest(y[: case.P, queries].double() - v @ attn.t()) <= 64 * 2.0**-24 * largest(v)
-
-
-def test_second_run_of_functional_is_not_cached():
-    call = shsa_call(Case())
-    first = call.run(BACKEND, ())["y"]
-    call.inputs["x"].mul_(2.0)
-    assert not torch.equal(first, functional.shsa(**call.inputs, qk_dim=16, relu=True, backend=BACKEND))

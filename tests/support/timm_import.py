@@ -14,5 +14,5 @@ def _declare(schema: str) -> None:
 _declare("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _declare("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import timm  # noqa: E402, F401
-import timm.models.shvit  # noqa: E402, F401
+import timm  # noqa: E402
+import timm.models.shvit  # noqa: E402
