@@ -1,0 +1,59 @@
+// What every backward ends with: from the gradient of z to those of x1, the norm's parameters and nothing else.
+#pragma once
+
+#include "panel.h"
+
+namespace {
+
+// Sums over an image (or a block of it) that the gradient of its normalisation needs.
+struct NormSums {
+  double gradient = 0, projected = 0;  // of w dz, and of w dz * normal
+
+  SHVIT_INLINE void add(const NormSums& o) {
+    gradient += o.gradient;
+    projected += o.projected;
+  }
+};
+
+// Adds this panel's part to dweight, dbias [P] and returns its sums. `normal` is (x - mean) * rstd.
+template <int VB, class T>
+SHVIT_INLINE NormSums norm_sums(const T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight,
+                                T* dweight, T* dbias) {
+  NormSums sums;
+  for (int64_t p = 0; p < P; ++p) {
+    const T* d = dz + p * ld;
+    const T* x = normal + p * ld;
+    const T gradient = sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(d + t, lane); });
+    const T projected =
+        sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(d + t, lane) * load_as(x + t, lane); });
+    dbias[p] += gradient;
+    dweight[p] += projected;
+    sums.gradient += static_cast<double>(weight[p]) * gradient;
+    sums.projected += static_cast<double>(weight[p]) * projected;
+  }
+  return sums;
+}
+
+// dz becomes dx = rstd (w dz - mean(w dz) - normal * mean(w dz * normal)); count is P * N.
+template <int VB, class T>
+SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight, T rstd,
+                                const NormSums& sums, double count) {
+  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+  const T a = static_cast<T>(sums.gradient / count), b = static_cast<T>(sums.projected / count);
+  for (int64_t p = 0; p < P; ++p) {
+    T* d = dz + p * ld;
+    const T* x = normal + p * ld;
+    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>)
+      store(d + t, rstd * (weight[p] * load<V>(d + t) - a - load<V>(x + t) * b));
+  }
+}
+
+// total[i] = sum over parts of partial[part][i], in order.
+template <class T>
+SHVIT_INLINE void add_parts(const T* partial, int64_t parts, int64_t stride, int64_t count, T* total) {
+  for (int64_t i = 0; i < count; ++i) total[i] = 0;
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = 0; i < count; ++i) total[i] += partial[part * stride + i];
+}
+
+}  // namespace

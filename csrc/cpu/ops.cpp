@@ -1,0 +1,347 @@
+// The operators of shvit_kernels/ops.py for CPU tensors, and the facts about this library that Python asks for.
+//
+// Only the stable ABI of LibTorch is used, so one build serves later releases of PyTorch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace shvit;
+
+// ---------------------------------------------------------------------------------------------------------------
+// Choice of the instruction set
+
+const std::vector<const Variant*>& supported_variants() {
+  static const std::vector<const Variant*> variants = [] {
+    std::vector<const Variant*> found = {&kBaselineWide, &kBaseline};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      found.insert(found.end(), {&kAvx2Wide, &kAvx2});
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        found.push_back(&kAvx512);
+    }
+#endif
+    return found;
+  }();
+  return variants;
+}
+
+std::atomic<const Variant*>& current_variant() {
+  static std::atomic<const Variant*> variant = supported_variants().back();
+  return variant;
+}
+
+std::string instruction_sets() {
+  std::string names;
+  for (const Variant* v : supported_variants()) names += (names.empty() ? "" : " ") + std::string(v->name);
+  return names;
+}
+
+std::string instruction_set() { return current_variant().load()->name; }
+
+void set_instruction_set(std::string name) {
+  for (const Variant* v : supported_variants()) {
+    if (name == v->name) {
+      current_variant() = v;
+      return;
+    }
+  }
+  STD_TORCH_CHECK(false, "instruction set '", name, "' cannot run here; these can: ", instruction_sets());
+}
+
+double fma_flops(int64_t repeats) { return current_variant().load()->fma_flops(repeats); }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Running a kernel
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer allocate(int64_t bytes) {
+  constexpr int64_t kAlign = 64;
+  char* p = static_cast<char*>(std::aligned_alloc(kAlign, (bytes + kAlign) / kAlign * kAlign));
+  STD_TORCH_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  return Buffer(p);
+}
+
+// Scratch of this thread, kept for the next call.
+char* scratch(int64_t bytes) {
+  thread_local Buffer buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset();
+    size = 0;
+    buffer = allocate(bytes);
+    size = bytes;
+  }
+  return buffer.get();
+}
+
+// Below this many operations a second thread costs more than it brings.
+constexpr int64_t kFlopsPerThread = 500000;
+
+template <class Params>
+void run(const Kernel<Params>& kernel, Params& params) {
+  const Plan plan = kernel.plan(params);
+  Buffer workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = allocate(plan.workspace_bytes);
+    params.workspace = workspace.get();
+  }
+  for (int phase = 0; phase < plan.phases; ++phase) {
+    const int64_t tasks = plan.tasks[phase];
+    if (tasks == 0) continue;
+    const int64_t flops_per_task = plan.flops / tasks + 1;
+    const int64_t grain = 1 + (kFlopsPerThread - 1) / flops_per_task;
+    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      char* memory = scratch(plan.scratch_bytes);
+      for (int64_t task = begin; task < end; ++task) kernel.run(params, phase, task, memory);
+    });
+  }
+}
+
+const Kernels& kernels_for(ScalarType dtype) {
+  const Variant* variant = current_variant().load();
+  switch (dtype) {
+    case ScalarType::Float:
+      return variant->float32;
+    case ScalarType::Double:
+      return variant->float64;
+    case ScalarType::BFloat16:
+      return variant->bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "the cpu kernels take float32, float64 and bfloat16");
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Tensors
+
+ScalarType compute_type(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Whether an image tensor [B, C, H, W] is channels_last (and not also NCHW-contiguous).
+bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  const auto size = t.sizes(), stride = t.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected, "image tensors must be NCHW-contiguous or channels_last");
+    expected *= size[d];
+  }
+  return true;
+}
+
+Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
+  const int64_t B = like.size(0), H = like.size(2), W = like.size(3);
+  if (!channels_last) return torch::stable::new_empty(like, {B, channels, H, W});
+  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
+  Tensor dense = torch::stable::new_empty(like, {B, H, W, channels});
+  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+}
+
+// A parameter in compute type; keeps a converted copy alive.
+class Parameter {
+ public:
+  Parameter(const std::optional<Tensor>& t, ScalarType type) {
+    if (t.has_value()) tensor_ = torch::stable::contiguous(torch::stable::to(*t, type));
+  }
+  const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+// A gradient of the shape and type of a parameter: computed in compute type, converted at the end.
+class Gradient {
+ public:
+  Gradient(const std::optional<Tensor>& parameter, bool needed, const Tensor& like, ScalarType type)
+      : type_(parameter.has_value() ? parameter->scalar_type() : like.scalar_type()) {
+    const bool made = needed && parameter.has_value();
+    tensor_ = made ? torch::stable::new_empty(*parameter, parameter->sizes(), type)
+                   : torch::stable::new_empty(like, {0}, type_);
+    data_ = made ? tensor_.mutable_data_ptr() : nullptr;
+  }
+  void* data() const { return data_; }
+  Tensor result() const { return data_ ? torch::stable::to(tensor_, type_) : tensor_; }
+
+ private:
+  ScalarType type_;
+  Tensor tensor_;
+  void* data_;
+};
+
+Sizes sizes_of(const Tensor& image, int64_t P, int64_t D) {
+  return {image.size(0), image.size(1), P, D, image.size(2) * image.size(3)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Operators
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_forward(
+    Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
+    std::optional<Tensor> qkv_bias, int64_t qk_dim, double norm_eps, double scale, bool relu, bool, bool) {
+  const ScalarType type = compute_type(x.scalar_type());
+  const bool channels_last = is_channels_last(x);
+  const Sizes s = sizes_of(x, qkv_weight.size(1), qk_dim);
+  Tensor y = empty_image(x, s.C, channels_last);
+  Tensor mean = torch::stable::new_empty(x, {s.B}, type), rstd = torch::stable::new_empty(x, {s.B}, type);
+  Tensor row_max = torch::stable::new_empty(x, {s.B, s.N}, type);
+  Tensor row_sum = torch::stable::new_empty(x, {s.B, s.N}, type);
+  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), weight(qkv_weight, type),
+      bias(qkv_bias, type);
+  ShsaForwardParams params{s,
+                           channels_last,
+                           relu,
+                           norm_eps,
+                           scale,
+                           x.const_data_ptr(),
+                           weight_n.data(),
+                           bias_n.data(),
+                           weight.data(),
+                           bias.data(),
+                           y.mutable_data_ptr(),
+                           mean.mutable_data_ptr(),
+                           rstd.mutable_data_ptr(),
+                           row_max.mutable_data_ptr(),
+                           row_sum.mutable_data_ptr(),
+                           nullptr};
+  run(kernels_for(x.scalar_type()).shsa_forward, params);
+  return {y, mean, rstd, row_max, row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
+    Tensor dy, Tensor x1, Tensor y, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum,
+    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
+    std::optional<Tensor> qkv_bias, int64_t qk_dim, double, double scale, bool relu, bool, bool,
+    std::vector<bool> needs) {
+  const ScalarType type = compute_type(y.scalar_type());
+  const bool channels_last = is_channels_last(y);
+  STD_TORCH_CHECK(is_channels_last(dy) == channels_last, "dy must have the memory format of y");
+  const Sizes s = sizes_of(y, qkv_weight.size(1), qk_dim);
+  Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
+  const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
+      dweight(qkv_weight, needs[3], y, type), dbias(qkv_bias, needs[4], y, type);
+  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), weight(qkv_weight, type),
+      bias(qkv_bias, type);
+  ShsaBackwardParams params{s,
+                            channels_last,
+                            is_channels_last(x1),
+                            relu,
+                            scale,
+                            dy.const_data_ptr(),
+                            x1.const_data_ptr(),
+                            y.const_data_ptr(),
+                            mean.const_data_ptr(),
+                            rstd.const_data_ptr(),
+                            row_max.const_data_ptr(),
+                            row_sum.const_data_ptr(),
+                            weight_n.data(),
+                            bias_n.data(),
+                            weight.data(),
+                            bias.data(),
+                            needs[0] ? dx.mutable_data_ptr() : nullptr,
+                            dnorm_weight.data(),
+                            dnorm_bias.data(),
+                            dweight.data(),
+                            dbias.data(),
+                            nullptr};
+  run(kernels_for(y.scalar_type()).shsa_backward, params);
+  return {dx, dnorm_weight.result(), dnorm_bias.result(), dweight.result(), dbias.result()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std::optional<Tensor> norm_weight,
+                                                                   std::optional<Tensor> norm_bias, int64_t pdim,
+                                                                   double norm_eps) {
+  const ScalarType type = compute_type(x.scalar_type());
+  const Sizes s = sizes_of(x, pdim, 0);
+  Tensor mean = torch::stable::new_empty(x, {pdim}, type), cov = torch::stable::new_empty(x, {pdim, pdim}, type);
+  Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
+  Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
+  const Parameter weight(norm_weight, type), bias(norm_bias, type);
+  MomentsForwardParams params{s,
+                              is_channels_last(x),
+                              norm_eps,
+                              x.const_data_ptr(),
+                              weight.data(),
+                              bias.data(),
+                              mean.mutable_data_ptr(),
+                              cov.mutable_data_ptr(),
+                              image_mean.mutable_data_ptr(),
+                              image_rstd.mutable_data_ptr(),
+                              nullptr};
+  run(kernels_for(x.scalar_type()).moments_forward, params);
+  return {mean, cov, image_mean, image_rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor dcov, Tensor x1, Tensor mean,
+                                                            Tensor image_mean, Tensor image_rstd,
+                                                            std::optional<Tensor> norm_weight,
+                                                            std::optional<Tensor> norm_bias, int64_t channels,
+                                                            std::vector<bool> needs) {
+  const ScalarType type = compute_type(x1.scalar_type());
+  const bool channels_last = is_channels_last(x1);
+  Sizes s = sizes_of(x1, x1.size(1), 0);
+  s.C = channels;
+  Tensor dx = needs[0] ? empty_image(x1, channels, channels_last) : torch::stable::new_empty(x1, {0});
+  const Gradient dweight(norm_weight, needs[1], x1, type), dbias(norm_bias, needs[2], x1, type);
+  const Parameter weight(norm_weight, type), bias(norm_bias, type);
+  MomentsBackwardParams params{s,
+                               channels_last,
+                               dmean.const_data_ptr(),
+                               dcov.const_data_ptr(),
+                               x1.const_data_ptr(),
+                               mean.const_data_ptr(),
+                               image_mean.const_data_ptr(),
+                               image_rstd.const_data_ptr(),
+                               weight.data(),
+                               bias.data(),
+                               needs[0] ? dx.mutable_data_ptr() : nullptr,
+                               dweight.data(),
+                               dbias.data(),
+                               nullptr};
+  run(kernels_for(x1.scalar_type()).moments_backward, params);
+  return {dx, dweight.result(), dbias.result()};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
+  m.impl("shsa_forward_native", TORCH_BOX(&shsa_forward));
+  m.impl("shsa_backward_native", TORCH_BOX(&shsa_backward));
+  m.impl("partial_moments_forward_native", TORCH_BOX(&partial_moments_forward));
+  m.impl("partial_moments_backward_native", TORCH_BOX(&partial_moments_backward));
+}
+
+STABLE_TORCH_LIBRARY(shvit_kernels_native, m) {
+  m.def("instruction_set() -> str");
+  m.def("instruction_sets() -> str");
+  m.def("set_instruction_set(str name) -> ()");
+  m.def("fma_flops(int repeats) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shvit_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("set_instruction_set", TORCH_BOX(&set_instruction_set));
+  m.impl("fma_flops", TORCH_BOX(&fma_flops));
+}

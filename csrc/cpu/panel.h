@@ -1,0 +1,269 @@
+// Panels: small row-major matrices of compute type in scratch, and their way from and to image tensors.
+#pragma once
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace {
+
+using shvit::Plan;
+using shvit::Sizes;
+
+SHVIT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+SHVIT_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+SHVIT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+SHVIT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out aligned pieces of one buffer. With a null buffer it only measures.
+class Bump {
+ public:
+  explicit Bump(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const uintptr_t p = base_ + static_cast<uintptr_t>(used_);
+    // Vectors may read past the end of a panel's last row.
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)) + 128, 64);
+    return reinterpret_cast<T*>(p);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uintptr_t base_;
+  int64_t used_ = 0;
+};
+
+// One image [C, N] of a tensor in NCHW (token_stride 1) or channels_last (channel_stride 1) order.
+template <class S>
+struct ImageView {
+  S* data;
+  int64_t channel_stride, token_stride;
+
+  ImageView at(int64_t channel, int64_t token) const {
+    return {data + channel * channel_stride + token * token_stride, channel_stride, token_stride};
+  }
+};
+
+template <class S>
+SHVIT_INLINE ImageView<S> image_view(S* data, int64_t image, int64_t C, int64_t N, bool channels_last) {
+  S* base = data + image * C * N;
+  return channels_last ? ImageView<S>{base, 1, C} : ImageView<S>{base, N, 1};
+}
+
+// dst[j][i] = src[i][j], with conversion between storage and compute type.
+template <class From, class To>
+SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd) {
+  using T = typename ComputeOf<To>::type;
+  constexpr int VB = 4 * sizeof(T);
+  using V = Vec<T, VB>;
+#ifdef __clang__
+#define SHVIT_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+  typedef typename ExpConstants<T>::Bits Mask __attribute__((vector_size(VB)));
+#define SHVIT_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Mask{i, j, k, l})
+#endif
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    const From* s = src + i * lds;
+    int64_t j = 0;
+    for (; j + 4 <= cols; j += 4) {
+      const V a = load_wide<VB>(s + j), b = load_wide<VB>(s + lds + j), c = load_wide<VB>(s + 2 * lds + j),
+              d = load_wide<VB>(s + 3 * lds + j);
+      const V ab_lo = SHVIT_SHUFFLE(a, b, 0, 4, 1, 5), ab_hi = SHVIT_SHUFFLE(a, b, 2, 6, 3, 7);
+      const V cd_lo = SHVIT_SHUFFLE(c, d, 0, 4, 1, 5), cd_hi = SHVIT_SHUFFLE(c, d, 2, 6, 3, 7);
+      To* t = dst + j * ldd + i;
+      store_narrow<VB>(t, SHVIT_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5));
+      store_narrow<VB>(t + ldd, SHVIT_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7));
+      store_narrow<VB>(t + 2 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5));
+      store_narrow<VB>(t + 3 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7));
+    }
+    for (; j < cols; ++j)
+      for (int r = 0; r < 4; ++r) narrow(dst + j * ldd + i + r, widen(s[r * lds + j]));
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) narrow(dst + j * ldd + i, widen(src[i * lds + j]));
+#undef SHVIT_SHUFFLE
+}
+
+// Applies f to n contiguous elements, converting between storage and compute type.
+template <int VB, class From, class To, class F>
+SHVIT_INLINE void map_row(const From* src, To* dst, int64_t n, F f) {
+  using T = typename ComputeOf<From>::type;
+  constexpr int W = kLanes<T, VB>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_narrow<VB>(dst + i, f(load_wide<VB>(src + i)));
+  for (; i < n; ++i) narrow(dst + i, f(widen(src[i])));
+}
+
+struct Identity {
+  template <class V>
+  SHVIT_INLINE V operator()(V v) const {
+    return v;
+  }
+};
+
+struct Relu {
+  template <class V>
+  SHVIT_INLINE V operator()(V v) const {
+    return max0(v);
+  }
+};
+
+// panel[p][t] of n tokens; the columns up to the next kColumnStep are zero.
+template <int VB, class S, class T>
+SHVIT_INLINE void load_panel(ImageView<const S> x, int64_t P, int64_t n, T* panel, int64_t ld) {
+  if (x.token_stride == 1) {
+    for (int64_t p = 0; p < P; ++p) map_row<VB>(x.data + p * x.channel_stride, panel + p * ld, n, Identity{});
+  } else {
+    transpose(x.data, x.token_stride, n, P, panel, ld);
+  }
+  const int64_t padded = round_up(n, kColumnStep<T, VB>);
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t t = n; t < padded; ++t) panel[p * ld + t] = 0;
+}
+
+template <int VB, class S, class T>
+SHVIT_INLINE void store_panel(const T* panel, int64_t ld, int64_t P, int64_t n, ImageView<S> y) {
+  if (y.token_stride == 1) {
+    for (int64_t p = 0; p < P; ++p) map_row<VB>(panel + p * ld, y.data + p * y.channel_stride, n, Identity{});
+  } else {
+    transpose(panel, ld, P, n, y.data, y.token_stride);
+  }
+}
+
+// dst = f(src) for `channels` channels and n tokens of two images in the same order.
+template <int VB, class S, class F>
+SHVIT_INLINE void map_image(ImageView<const S> src, ImageView<S> dst, int64_t channels, int64_t n, F f) {
+  const bool by_channel = src.token_stride == 1;
+  const int64_t rows = by_channel ? channels : n, length = by_channel ? n : channels;
+  const int64_t src_stride = by_channel ? src.channel_stride : src.token_stride;
+  const int64_t dst_stride = by_channel ? dst.channel_stride : dst.token_stride;
+  if (src_stride == length && dst_stride == length) {
+    map_row<VB>(src.data, dst.data, rows * length, f);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) map_row<VB>(src.data + r * src_stride, dst.data + r * dst_stride, length, f);
+  }
+}
+
+// dst = gradient where y is positive (or NaN), 0 elsewhere; all three images in the same order.
+template <int VB, class S>
+SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, ImageView<S> dst, int64_t channels,
+                             int64_t n) {
+  using T = typename ComputeOf<S>::type;
+  using V = Vec<T, VB>;
+  constexpr int W = kLanes<T, VB>;
+  const bool by_channel = y.token_stride == 1;
+  const int64_t rows = by_channel ? channels : n, length = by_channel ? n : channels;
+  const int64_t stride = by_channel ? y.channel_stride : y.token_stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    const S *g = gradient.data + r * stride, *o = y.data + r * stride;
+    S* d = dst.data + r * stride;
+    int64_t i = 0;
+    for (; i + W <= length; i += W)
+      store_narrow<VB>(d + i, load_wide<VB>(o + i) <= 0 ? V{} : load_wide<VB>(g + i));
+    for (; i < length; ++i) narrow(d + i, widen(o[i]) <= 0 ? T(0) : widen(g[i]));
+  }
+}
+
+// Sums over the n tokens of a panel's row, of f(vector or scalar, column).
+template <int VB, class T, class F>
+SHVIT_INLINE T sum_row(int64_t n, F f) {
+  constexpr int W = kLanes<T, VB>;
+  Vec<T, VB> sum{};
+  int64_t t = 0;
+  for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, t);
+  T total = horizontal_sum<T, VB>(sum);
+  for (; t < n; ++t) total += f(T(0), t);
+  return total;
+}
+
+template <class V, class T>
+SHVIT_INLINE V load_as(const T* p, V) {
+  return load<V>(p);
+}
+
+// Group normalisation of an image, or what is known of it from some of its tokens.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;  // squares: sum of squared deviations from the mean
+
+  SHVIT_INLINE void merge(const Moments& o) {
+    if (o.count == 0) return;
+    const double total = count + o.count, delta = o.mean - mean;
+    squares += o.squares + delta * delta * (count * o.count / total);
+    mean += delta * (o.count / total);
+    count = total;
+  }
+  SHVIT_INLINE double rstd(double eps) const { return 1.0 / __builtin_sqrt(squares / count + eps); }
+};
+
+template <int VB, class T>
+SHVIT_INLINE Moments panel_moments(const T* panel, int64_t P, int64_t n, int64_t ld) {
+  double sum = 0, squares = 0;
+  for (int64_t p = 0; p < P; ++p) {
+    const T* row = panel + p * ld;
+    sum += sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(row + t, lane); });
+  }
+  const double count = static_cast<double>(P * n), mean = sum / count;
+  const T centre = static_cast<T>(mean);
+  for (int64_t p = 0; p < P; ++p) {
+    const T* row = panel + p * ld;
+    squares += sum_row<VB, T>(n, [&](auto lane, int64_t t) {
+      const auto d = load_as(row + t, lane) - centre;
+      return d * d;
+    });
+  }
+  return {count, mean, squares};
+}
+
+// panel = (panel - mean) * rstd, and z = panel * weight + bias; z may be the panel itself.
+template <int VB, class T>
+SHVIT_INLINE void normalise(T* panel, T* z, int64_t P, int64_t n, int64_t ld, T mean, T rstd, const T* weight,
+                            const T* bias) {
+  for (int64_t p = 0; p < P; ++p) {
+    const T w = weight[p], b = bias ? bias[p] : T(0);
+    T* row = panel + p * ld;
+    T* out = z + p * ld;
+    for (int64_t t = 0; t < round_up(n, kColumnStep<T, VB>); t += kColumnStep<T, VB>) {
+      using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+      const V normal = (load<V>(row + t) - mean) * rstd;
+      if (panel != z) store(row + t, normal);
+      store(out + t, normal * w + b);
+    }
+  }
+}
+
+template <class T>
+SHVIT_INLINE void clear_columns(T* panel, int64_t rows, int64_t ld, int64_t from, int64_t to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = from; t < to; ++t) panel[r * ld + t] = 0;
+}
+
+// How images are cut: short ones whole, several per panel when they are tiny; long ones in blocks of tokens.
+constexpr int64_t kShortTokens = 256;
+constexpr int64_t kGroupTokens = 64;
+constexpr int64_t kBlockTokens = 128;
+
+template <class T, int VB>
+struct Groups {
+  int64_t images, distance, count, ld;  // images per panel, columns from one to the next, panels, their width
+
+  explicit Groups(const Sizes& s) {
+    distance = round_up(s.N, kColumnStep<T, VB>);
+    images = min64(max64(kGroupTokens / distance, 1), max64(s.B, 1));
+    count = ceil_div(s.B, images);
+    ld = round_up(images * distance, kLanes<T, VB>);
+  }
+  int64_t begin(int64_t group) const { return group * images; }
+  int64_t size(int64_t group, int64_t B) const { return min64(images, B - group * images); }
+};
+
+// Contiguous, nearly equal parts of n.
+struct Parts {
+  int64_t n, parts;
+  int64_t begin(int64_t part) const { return n * part / parts; }
+  int64_t end(int64_t part) const { return n * (part + 1) / parts; }
+};
+
+// Parts with partial sums of their own: enough for many threads, few enough to add up.
+SHVIT_INLINE Parts reduction_parts(int64_t n) { return {n, min64(n, min64(max64(8, n / 8), 64))}; }
+
+}  // namespace

@@ -1,0 +1,418 @@
+// Gradients of shsa. q, k, v and the probabilities are recomputed from x1 and the saved statistics.
+//
+// With S = scale k^T q, A = softmax(S), O = v A^T and dO the gradient of O (under ReLU: where y > 0):
+//
+//     dv = dO A        dA = dO^T v       dS = A * (dA - delta), delta = sum_p dO * y per query
+//     dq = scale k dS  dk = scale q dS   dz = W^T dqkv   dW = dqkv z^T   db = sum dqkv
+//
+// and dx1 follows from dz through the group normalisation. Scores are [queries, keys] here: probabilities then only
+// need the saved row maximum and sum, and every product but dq has tokens as columns.
+#pragma once
+
+#include "norm_backward.h"
+#include "panel.h"
+
+namespace {
+
+constexpr int64_t kQueryRows = 24;
+
+template <class S, int VB>
+struct ShsaBackward {
+  using T = typename ComputeOf<S>::type;
+  using Params = shvit::ShsaBackwardParams;
+  using V = Vec<T, VB>;
+  static constexpr int W = kLanes<T, VB>;
+  static constexpr int64_t kBlockLd = kBlockTokens + 16;
+
+  static bool is_short(const Sizes& s) { return s.N <= kShortTokens; }
+  static int64_t blocks(const Sizes& s) { return ceil_div(s.N, kBlockTokens); }
+  static int64_t padded(int64_t n) { return round_up(n, W); }
+
+  // Sums over tokens of all images are made in parts and added at the end. Short images: parts of the groups.
+  // Long images: each image has parts of its blocks of tokens.
+  static Parts parts(const Sizes& s) {
+    return is_short(s) ? reduction_parts(Groups<T, VB>(s).count) : Parts{blocks(s), min64(blocks(s), 8)};
+  }
+  static int64_t total_parts(const Sizes& s) { return is_short(s) ? parts(s).parts : s.B * parts(s).parts; }
+
+  // Panels of one group of short images, or of one block of a long image: the same columns in each.
+  struct Panels {
+    int64_t ld;
+    T *qkv, *dout, *delta, *dqkv, *dz;  // [O, ld], [P, ld], [ld], [O, ld], [P, ld]
+    Panels(Bump& bump, const Sizes& s, int64_t ld)
+        : ld(ld),
+          qkv(bump.take<T>(s.O() * ld)),
+          dout(bump.take<T>(s.P * ld)),
+          delta(bump.take<T>(ld)),
+          dqkv(bump.take<T>(s.O() * ld)),
+          dz(bump.take<T>(s.P * ld)) {}
+  };
+
+  struct Scratch {
+    Bump bump;
+    T *normal, *z, *zt, *y;  // [P, ld], [P, ld], [ld, P], [P, ld]
+    T *probabilities, *dscores, *kt, *dqt;  // [24, keys], [24, keys], [keys, D], [ld or 24, D]
+    Scratch(void* base, const Sizes& s, int64_t ld, int64_t keys)
+        : bump(base),
+          normal(bump.take<T>(s.P * ld)),
+          z(bump.take<T>(s.P * ld)),
+          zt(bump.take<T>(ld * padded(s.P))),
+          y(bump.take<T>(s.P * ld)),
+          probabilities(bump.take<T>(kQueryRows * padded(keys))),
+          dscores(bump.take<T>(kQueryRows * padded(keys))),
+          kt(bump.take<T>(keys * padded(s.D))),
+          dqt(bump.take<T>(kQueryRows * padded(s.D))) {}
+  };
+  static Scratch scratch_of(Bump& bump, void* base, const Sizes& s) {
+    const int64_t ld = is_short(s) ? Groups<T, VB>(s).ld : kBlockLd;
+    Scratch scratch(base, s, ld, is_short(s) ? s.N : kBlockTokens);
+    bump = scratch.bump;
+    return scratch;
+  }
+
+  // Partial sums [total_parts] of dW [O, padded P], db [O], dnorm_weight, dnorm_bias [P]; and for long images the
+  // panels of every block, the sums of its normalisation, and dq [N, D] for each part of the keys.
+  struct Partials {
+    T *dweight, *dbias, *dnorm_weight, *dnorm_bias;
+    static int64_t size(const Sizes& s) { return s.O() * padded(s.P) + s.O() + 2 * s.P; }
+    Partials(T* base, const Sizes& s, int64_t part)
+        : dweight(base + part * size(s)),
+          dbias(dweight + s.O() * padded(s.P)),
+          dnorm_weight(dbias + s.O()),
+          dnorm_bias(dnorm_weight + s.P) {}
+  };
+  struct Workspace {
+    Bump bump;
+    T* partials;
+    NormSums* sums;
+    T* dq_parts;
+    char* panels;
+    int64_t panels_bytes;
+    Workspace(void* base, const Sizes& s)
+        : bump(base), partials(bump.take<T>(total_parts(s) * Partials::size(s))), panels_bytes(0) {
+      if (is_short(s)) return;
+      sums = bump.take<NormSums>(s.B * blocks(s));
+      dq_parts = bump.take<T>(s.B * parts(s).parts * s.N * padded(s.D));
+      Bump measure(nullptr);
+      Panels(measure, s, kBlockLd);
+      panels_bytes = measure.used();
+      panels = bump.take<char>(s.B * blocks(s) * panels_bytes);
+    }
+    Panels block(const Sizes& s, int64_t image, int64_t block) const {
+      Bump at(panels + (image * blocks(s) + block) * panels_bytes);
+      return Panels(at, s, kBlockLd);
+    }
+    T* dq_part(const Sizes& s, int64_t image, int64_t part) const {
+      return dq_parts + (image * parts(s).parts + part) * s.N * padded(s.D);
+    }
+  };
+
+  static Plan plan(const Params& a) {
+    const Sizes& s = a.sizes;
+    Plan plan;
+    plan.flops = 2 * s.B * s.N * (3 * s.O() * s.P + s.N * (3 * s.D + 2 * s.P)) + s.B * s.C * s.N;
+    Bump bump(nullptr);
+    scratch_of(bump, nullptr, s);
+    if (is_short(s)) Panels(bump, s, Groups<T, VB>(s).ld);
+    plan.scratch_bytes = bump.used();
+    plan.workspace_bytes = Workspace(nullptr, s).bump.used();
+    if (is_short(s)) {
+      plan.phases = 2;
+      plan.tasks[0] = parts(s).parts;
+      plan.tasks[1] = 1;
+    } else {
+      plan.phases = 5;
+      plan.tasks[0] = plan.tasks[3] = s.B * blocks(s);
+      plan.tasks[1] = plan.tasks[2] = s.B * parts(s).parts;
+      plan.tasks[4] = 1;
+    }
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const Sizes& s = a.sizes;
+    Bump bump(nullptr);
+    const Scratch scratch = scratch_of(bump, memory, s);
+    const Workspace workspace(a.workspace, s);
+    if (is_short(s)) {
+      if (phase == 0) run_part(a, task, scratch, bump, workspace);
+      if (phase == 1) finish_parameters(a, workspace);
+      return;
+    }
+    if (phase == 0) recompute_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
+    if (phase == 1) attend_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
+    if (phase == 2) project_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
+    if (phase == 3) store_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
+    if (phase == 4) finish_parameters(a, workspace);
+  }
+
+  static const T* typed(const void* p) { return static_cast<const T*>(p); }
+  static bool needs_projection(const Params& a) { return a.dqkv_weight || a.dqkv_bias; }
+  static bool needs_z(const Params& a) { return a.dx || a.dnorm_weight || a.dnorm_bias; }
+
+  static ImageView<const S> whole(const Params& a, const void* data, int64_t image) {
+    return image_view(static_cast<const S*>(data), image, a.sizes.C, a.sizes.N, a.channels_last);
+  }
+
+  // normal and z of n tokens, from x1 and the saved statistics.
+  static void load_z(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* normal, T* z) {
+    const Sizes& s = a.sizes;
+    const auto x1 = image_view(static_cast<const S*>(a.x1), image, s.P, s.N, a.x1_channels_last).at(0, token);
+    if (!a.norm_weight) {
+      load_panel<VB>(x1, s.P, n, z, ld);
+      return;
+    }
+    load_panel<VB>(x1, s.P, n, normal, ld);
+    normalise<VB>(normal, z, s.P, n, ld, typed(a.mean)[image], typed(a.rstd)[image], typed(a.norm_weight),
+                  typed(a.norm_bias));
+    clear_columns(z, s.P, ld, n, round_up(n, kColumnStep<T, VB>));
+  }
+
+  // dout, the gradient of the attention's output, and delta.
+  static void load_dout(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* y, T* dout,
+                        T* delta) {
+    const Sizes& s = a.sizes;
+    load_panel<VB>(whole(a, a.dy, image).at(0, token), s.P, n, dout, ld);
+    load_panel<VB>(whole(a, a.y, image).at(0, token), s.P, n, y, ld);
+    using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
+      Step sum{};
+      for (int64_t p = 0; p < s.P; ++p) {
+        Step d = load<Step>(dout + p * ld + t);
+        const Step o = load<Step>(y + p * ld + t);
+        if (a.relu) d = o <= 0 ? Step{} : d;
+        store(dout + p * ld + t, d);
+        sum += d * o;
+      }
+      store(delta + t, sum);
+    }
+  }
+
+  static void project(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv) {
+    const Sizes& s = a.sizes;
+    gemm<T, VB>(s.O(), columns, s.P, {typed(a.qkv_weight), s.P, 1}, z, ld, qkv, ld,
+                a.qkv_bias ? Init::kBias : Init::kZero, typed(a.qkv_bias));
+    scale_rows(a, columns, ld, qkv);
+  }
+  static void scale_rows(const Params& a, int64_t columns, int64_t ld, T* rows) {
+    const T scale = static_cast<T>(a.scale);
+    for (int64_t d = 0; d < a.sizes.D; ++d)
+      for (int64_t t = 0; t < columns; ++t) rows[d * ld + t] *= scale;
+  }
+
+  // All queries of a panel against one block of keys: adds to dk and dv of the keys and to dq [queries, D].
+  // `first` starts the sums of dk and dv, `first_dq` those of dq.
+  struct Queries {
+    const T *q, *dout, *delta, *row_max, *row_sum;
+    int64_t count, ld;
+  };
+  struct Keys {
+    const T *k, *v;
+    T *dk, *dv;
+    int64_t count, ld;
+  };
+  template <class DqSink>
+  static void attend(const Sizes& s, const Queries& queries, const Keys& keys, bool first, const Scratch& scratch,
+                     DqSink dq_sink) {
+    const int64_t ld = padded(keys.count), d_ld = padded(s.D);
+    T* A = scratch.probabilities;
+    T* dS = scratch.dscores;
+    for (int64_t row = 0; row < queries.count; row += kQueryRows) {
+      const int64_t rows = min64(kQueryRows, queries.count - row);
+      const Init init = first && row == 0 ? Init::kZero : Init::kAccumulate;
+      gemm<T, VB>(rows, keys.count, s.D, {queries.q + row, 1, queries.ld}, keys.k, keys.ld, A, ld);
+      gemm<T, VB>(rows, keys.count, s.P, {queries.dout + row, 1, queries.ld}, keys.v, keys.ld, dS, ld);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T highest = queries.row_max[row + i], inverse = T(1) / queries.row_sum[row + i];
+        const T delta = queries.delta[row + i];
+        for (int64_t j = 0; j < keys.count; j += W) {
+          const V p = exp_nonpositive<T, VB>(load<V>(A + i * ld + j) - highest) * inverse;
+          store(A + i * ld + j, p);
+          store(dS + i * ld + j, p * (load<V>(dS + i * ld + j) - delta));
+        }
+      }
+      gemm<T, VB>(s.P, keys.count, rows, {queries.dout + row, queries.ld, 1}, A, ld, keys.dv, keys.ld, init);
+      gemm<T, VB>(s.D, keys.count, rows, {queries.q + row, queries.ld, 1}, dS, ld, keys.dk, keys.ld, init);
+      dq_sink(row, rows, MatrixView<T>{dS, ld, 1}, d_ld);
+    }
+  }
+
+  // dW += dqkv z^T, db += sum dqkv, and dz = W^T dqkv.
+  static void project_backward(const Params& a, int64_t columns, int64_t ld, const T* dqkv, const T* z, T* dz,
+                               const Scratch& scratch, const Partials& partials) {
+    const Sizes& s = a.sizes;
+    if (a.dqkv_weight) {
+      transpose(z, ld, s.P, columns, scratch.zt, padded(s.P));
+      gemm<T, VB>(s.O(), s.P, columns, {dqkv, ld, 1}, scratch.zt, padded(s.P), partials.dweight, padded(s.P),
+                  Init::kAccumulate);
+    }
+    if (a.dqkv_bias) {
+      for (int64_t o = 0; o < s.O(); ++o)
+        partials.dbias[o] +=
+            sum_row<VB, T>(columns, [&](auto lane, int64_t t) { return load_as(dqkv + o * ld + t, lane); });
+    }
+    if (needs_z(a)) gemm<T, VB>(s.P, columns, s.O(), {typed(a.qkv_weight), 1, s.P}, dqkv, ld, dz, ld);
+  }
+
+  static Partials cleared_partials(const Sizes& s, int64_t part, const Workspace& workspace) {
+    const Partials partials(workspace.partials, s, part);
+    for (int64_t i = 0; i < Partials::size(s); ++i) partials.dweight[i] = 0;
+    return partials;
+  }
+
+  // dx of the channels beyond P, and of the first P from their panel.
+  static void store_dx(const Params& a, int64_t image, int64_t token, int64_t n, const T* dx1, int64_t ld) {
+    const Sizes& s = a.sizes;
+    const auto dx = image_view(static_cast<S*>(a.dx), image, s.C, s.N, a.channels_last).at(0, token);
+    store_panel<VB>(dx1, ld, s.P, n, dx);
+    const auto dy = whole(a, a.dy, image).at(s.P, token), y = whole(a, a.y, image).at(s.P, token);
+    const auto rest = dx.at(s.P, 0);
+    if (a.relu) {
+      mask_image<VB>(dy, y, rest, s.C - s.P, n);
+    } else {
+      map_image<VB>(dy, rest, s.C - s.P, n, Identity{});
+    }
+  }
+
+  static void run_part(const Params& a, int64_t part, const Scratch& scratch, Bump bump, const Workspace& workspace) {
+    const Groups<T, VB> groups(a.sizes);
+    const Panels panels(bump, a.sizes, groups.ld);
+    const Partials partials = cleared_partials(a.sizes, part, workspace);
+    const Parts cut = parts(a.sizes);
+    for (int64_t group = cut.begin(part); group < cut.end(part); ++group)
+      run_group(a, groups, group, scratch, panels, partials);
+  }
+
+  static void run_group(const Params& a, const Groups<T, VB>& groups, int64_t group, const Scratch& scratch,
+                        const Panels& panels, const Partials& partials) {
+    const Sizes& s = a.sizes;
+    const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
+    const int64_t columns = images * groups.distance;
+    for (int64_t i = 0; i < images; ++i) {
+      const int64_t column = i * groups.distance;
+      load_z(a, first + i, 0, s.N, ld, scratch.normal + column, scratch.z + column);
+      load_dout(a, first + i, 0, s.N, ld, scratch.y + column, panels.dout + column, panels.delta + column);
+    }
+    project(a, columns, ld, scratch.z, panels.qkv);
+    for (int64_t i = 0; i < images; ++i) {
+      const int64_t column = i * groups.distance, offset = (first + i) * s.N;
+      const T* qkv = panels.qkv + column;
+      T* dqkv = panels.dqkv + column;
+      transpose(qkv + s.D * ld, ld, s.D, s.N, scratch.kt, padded(s.D));
+      const Queries queries{qkv,     panels.dout + column, panels.delta + column, typed(a.row_max) + offset,
+                            typed(a.row_sum) + offset, s.N, ld};
+      const Keys keys{qkv + s.D * ld, qkv + 2 * s.D * ld, dqkv + s.D * ld, dqkv + 2 * s.D * ld, s.N, ld};
+      attend(s, queries, keys, true, scratch, [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
+        gemm<T, VB>(rows, s.D, s.N, dS, scratch.kt, d_ld, scratch.dqt, d_ld);
+        transpose(scratch.dqt, d_ld, rows, s.D, dqkv + row, ld);
+      });
+      clear_columns(dqkv, s.O(), ld, s.N, groups.distance);
+    }
+    scale_rows(a, columns, ld, panels.dqkv);
+    project_backward(a, columns, ld, panels.dqkv, scratch.z, panels.dz, scratch, partials);
+    if (!needs_z(a)) return;
+    for (int64_t i = 0; i < images; ++i) {
+      const int64_t column = i * groups.distance;
+      T* dz = panels.dz + column;
+      if (a.norm_weight) {
+        const T* normal = scratch.normal + column;
+        const NormSums sums = norm_sums<VB>(dz, normal, s.P, s.N, ld, typed(a.norm_weight), partials.dnorm_weight,
+                                            partials.dnorm_bias);
+        norm_backward<VB>(dz, normal, s.P, s.N, ld, typed(a.norm_weight), typed(a.rstd)[first + i], sums,
+                          static_cast<double>(s.P * s.N));
+      }
+      if (a.dx) store_dx(a, first + i, 0, s.N, dz, ld);
+    }
+  }
+
+  static void recompute_block(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
+                              const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+    const Panels panels = workspace.block(s, image, block);
+    load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
+    project(a, n, kBlockLd, scratch.z, panels.qkv);
+    load_dout(a, image, token, n, kBlockLd, scratch.y, panels.dout, panels.delta);
+  }
+
+  // dk and dv of a part of the keys, and that part's share of dq of all queries.
+  static void attend_part(const Params& a, int64_t image, int64_t part, const Scratch& scratch,
+                          const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const Parts cut = parts(s);
+    T* dq = workspace.dq_part(s, image, part);
+    for (int64_t kb = cut.begin(part); kb < cut.end(part); ++kb) {
+      const Panels key_panels = workspace.block(s, image, kb);
+      const int64_t key_count = min64(kBlockTokens, s.N - kb * kBlockTokens), ld = kBlockLd;
+      const T* k = key_panels.qkv + s.D * ld;
+      const Keys keys{k, k + s.D * ld, key_panels.dqkv + s.D * ld, key_panels.dqkv + 2 * s.D * ld, key_count, ld};
+      transpose(k, ld, s.D, key_count, scratch.kt, padded(s.D));
+      for (int64_t qb = 0; qb < blocks(s); ++qb) {
+        const Panels panels = workspace.block(s, image, qb);
+        const int64_t token = qb * kBlockTokens, offset = image * s.N + token;
+        const Queries queries{panels.qkv, panels.dout, panels.delta, typed(a.row_max) + offset,
+                              typed(a.row_sum) + offset, min64(kBlockTokens, s.N - token), ld};
+        attend(s, queries, keys, qb == 0, scratch, [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
+          gemm<T, VB>(rows, s.D, key_count, dS, scratch.kt, d_ld, dq + (token + row) * d_ld, d_ld,
+                      kb == cut.begin(part) ? Init::kZero : Init::kAccumulate);
+        });
+      }
+    }
+  }
+
+  static void project_part(const Params& a, int64_t image, int64_t part, const Scratch& scratch,
+                           const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const Parts cut = parts(s);
+    const int64_t d_ld = padded(s.D);
+    const Partials partials = cleared_partials(s, image * cut.parts + part, workspace);
+    for (int64_t block = cut.begin(part); block < cut.end(part); ++block) {
+      const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+      const Panels panels = workspace.block(s, image, block);
+      T* dq = workspace.dq_part(s, image, 0) + token * d_ld;
+      for (int64_t other = 1; other < cut.parts; ++other) {
+        const T* more = workspace.dq_part(s, image, other) + token * d_ld;
+        for (int64_t i = 0; i < n * d_ld; ++i) dq[i] += more[i];
+      }
+      transpose(dq, d_ld, n, s.D, panels.dqkv, kBlockLd);
+      clear_columns(panels.dqkv, s.O(), kBlockLd, n, round_up(n, kColumnStep<T, VB>));
+      scale_rows(a, n, kBlockLd, panels.dqkv);
+      if (a.dqkv_weight || a.norm_weight) load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
+      project_backward(a, n, kBlockLd, panels.dqkv, scratch.z, panels.dz, scratch, partials);
+      if (needs_z(a) && a.norm_weight)
+        workspace.sums[image * blocks(s) + block] =
+            norm_sums<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight), partials.dnorm_weight,
+                          partials.dnorm_bias);
+    }
+  }
+
+  static void store_block(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
+                          const Workspace& workspace) {
+    if (!a.dx) return;
+    const Sizes& s = a.sizes;
+    const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+    const Panels panels = workspace.block(s, image, block);
+    if (a.norm_weight) {
+      NormSums sums;
+      for (int64_t i = 0; i < blocks(s); ++i) sums.add(workspace.sums[image * blocks(s) + i]);
+      load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
+      norm_backward<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight), typed(a.rstd)[image], sums,
+                        static_cast<double>(s.P * s.N));
+    }
+    store_dx(a, image, token, n, panels.dz, kBlockLd);
+  }
+
+  static void finish_parameters(const Params& a, const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const Partials p(workspace.partials, s, 0);
+    const int64_t parts = total_parts(s), stride = Partials::size(s);
+    if (a.dqkv_weight)
+      for (int64_t o = 0; o < s.O(); ++o)
+        add_parts(p.dweight + o * padded(s.P), parts, stride, s.P, static_cast<T*>(a.dqkv_weight) + o * s.P);
+    if (a.dqkv_bias) add_parts(p.dbias, parts, stride, s.O(), static_cast<T*>(a.dqkv_bias));
+    if (a.dnorm_weight) add_parts(p.dnorm_weight, parts, stride, s.P, static_cast<T*>(a.dnorm_weight));
+    if (a.dnorm_bias) add_parts(p.dnorm_bias, parts, stride, s.P, static_cast<T*>(a.dnorm_bias));
+  }
+};
+
+}  // namespace

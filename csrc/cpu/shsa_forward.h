@@ -1,0 +1,261 @@
+// y = concat(softmax attention of the first P channels, the others), then ReLU (design section 2).
+//
+// Everything is computed in columns of tokens: z [P, n], qkv [O, n] = W z + b, scores [keys, queries], so that the
+// softmax over keys runs down columns and no operand needs packing. Short images are one task from the load of x to
+// the store of y. Long images stage q, k and v in blocks of tokens and run an online softmax over the blocks.
+#pragma once
+
+#include "panel.h"
+
+namespace {
+
+constexpr int64_t kQueryColumns = 32;
+
+template <class T>
+struct QueryState {
+  T *scores, *out, *row_max, *row_sum;  // [keys, 32], [P, 32], [32], [32]
+
+  QueryState(Bump& bump, const Sizes& s, int64_t keys)
+      : scores(bump.take<T>(keys * kQueryColumns)),
+        out(bump.take<T>(s.P * kQueryColumns)),
+        row_max(bump.take<T>(kQueryColumns)),
+        row_sum(bump.take<T>(kQueryColumns)) {}
+};
+
+// One block of keys: out = out * exp(old max - new max) + v exp(k^T q - new max), and the same for the sums.
+template <class T, int VB>
+SHVIT_INLINE void attend_block(const Sizes& s, const T* q, const T* k, const T* v, int64_t q_ld, int64_t kv_ld,
+                               int64_t queries, int64_t keys, bool first, const QueryState<T>& state) {
+  using V = Vec<T, VB>;
+  constexpr int W = kLanes<T, VB>;
+  gemm<T, VB>(keys, queries, s.D, {k, 1, kv_ld}, q, q_ld, state.scores, kQueryColumns);
+  for (int64_t j = 0; j < queries; j += W) {
+    T* column = state.scores + j;
+    V highest = load<V>(column);
+    for (int64_t i = 1; i < keys; ++i) highest = vmax(highest, load<V>(column + i * kQueryColumns));
+    V sum{};
+    if (!first) {
+      const V old = load<V>(state.row_max + j);
+      highest = vmax(highest, old);
+      const V shrink = exp_nonpositive<T, VB>(old - highest);
+      sum = load<V>(state.row_sum + j) * shrink;
+      for (int64_t p = 0; p < s.P; ++p) {
+        T* o = state.out + p * kQueryColumns + j;
+        store(o, load<V>(o) * shrink);
+      }
+    }
+    for (int64_t i = 0; i < keys; ++i) {
+      const V e = exp_nonpositive<T, VB>(load<V>(column + i * kQueryColumns) - highest);
+      store(column + i * kQueryColumns, e);
+      sum += e;
+    }
+    store(state.row_max + j, highest);
+    store(state.row_sum + j, sum);
+  }
+  gemm<T, VB>(s.P, queries, keys, {v, kv_ld, 1}, state.scores, kQueryColumns, state.out, kQueryColumns,
+              first ? Init::kZero : Init::kAccumulate);
+}
+
+template <class S, int VB>
+struct ShsaForward {
+  using T = typename ComputeOf<S>::type;
+  using Params = shvit::ShsaForwardParams;
+  static constexpr int W = kLanes<T, VB>;
+
+  static int64_t blocks(const Sizes& s) { return ceil_div(s.N, kBlockTokens); }
+  static constexpr int64_t kBlockLd = kBlockTokens + 16;  // not a power of two: rows would share cache sets
+
+  struct Scratch {
+    Bump bump;
+    T *z, *qkv;
+    QueryState<T> state;
+    Scratch(void* base, const Sizes& s, int64_t ld, int64_t keys)
+        : bump(base), z(bump.take<T>(s.P * ld)), qkv(bump.take<T>(s.O() * ld)), state(bump, s, keys) {}
+  };
+  static Scratch scratch_of(void* base, const Sizes& s) {
+    return s.N <= kShortTokens ? Scratch(base, s, Groups<T, VB>(s).ld, s.N) : Scratch(base, s, kBlockLd, kBlockTokens);
+  }
+
+  // Staged blocks of long images, [B, blocks, O, kBlockLd], and the moments of each block.
+  struct Workspace {
+    Bump bump;
+    T* qkv;
+    Moments* moments;
+    Workspace(void* base, const Sizes& s)
+        : bump(base),
+          qkv(bump.take<T>(s.B * blocks(s) * s.O() * kBlockLd)),
+          moments(bump.take<Moments>(s.B * blocks(s))) {}
+  };
+
+  static Plan plan(const Params& a) {
+    const Sizes& s = a.sizes;
+    Plan plan;
+    plan.flops = 2 * s.B * s.N * (s.O() * s.P + s.N * (s.D + s.P)) + s.B * s.C * s.N;
+    plan.scratch_bytes = scratch_of(nullptr, s).bump.used();
+    if (s.N <= kShortTokens) {
+      plan.phases = 1;
+      plan.tasks[0] = Groups<T, VB>(s).count;
+    } else {
+      plan.phases = 3;
+      plan.tasks[0] = plan.tasks[1] = plan.tasks[2] = s.B * blocks(s);
+      plan.workspace_bytes = Workspace(nullptr, s).bump.used();
+    }
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const Scratch scratch = scratch_of(memory, a.sizes);
+    if (a.sizes.N <= kShortTokens) {
+      run_group(a, task, scratch);
+      return;
+    }
+    const Workspace workspace(a.workspace, a.sizes);
+    const int64_t image = task / blocks(a.sizes), block = task % blocks(a.sizes);
+    if (phase == 0) measure_block(a, image, block, scratch, workspace);
+    if (phase == 1) project_block(a, image, block, scratch, workspace);
+    if (phase == 2) attend_long(a, image, block, scratch, workspace);
+  }
+
+  static ImageView<const S> x(const Params& a, int64_t image) {
+    return image_view(static_cast<const S*>(a.x), image, a.sizes.C, a.sizes.N, a.channels_last);
+  }
+  static ImageView<S> y(const Params& a, int64_t image) {
+    return image_view(static_cast<S*>(a.y), image, a.sizes.C, a.sizes.N, a.channels_last);
+  }
+
+  // mean and rstd of an image, saved and used in compute type.
+  static void finish_norm(const Params& a, int64_t image, const Moments& m, T* mean, T* rstd) {
+    *mean = static_cast<T>(m.mean);
+    *rstd = static_cast<T>(m.rstd(a.norm_eps));
+    static_cast<T*>(a.mean)[image] = *mean;
+    static_cast<T*>(a.rstd)[image] = *rstd;
+  }
+  static void no_norm(const Params& a, int64_t image) {
+    static_cast<T*>(a.mean)[image] = 0;
+    static_cast<T*>(a.rstd)[image] = 1;
+  }
+
+  // qkv = W z + b, with the scale of the logits in q.
+  static void project(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv) {
+    const Sizes& s = a.sizes;
+    const T* bias = static_cast<const T*>(a.qkv_bias);
+    gemm<T, VB>(s.O(), columns, s.P, {static_cast<const T*>(a.qkv_weight), s.P, 1}, z, ld, qkv, ld,
+                bias ? Init::kBias : Init::kZero, bias);
+    const T scale = static_cast<T>(a.scale);
+    for (int64_t d = 0; d < s.D; ++d)
+      for (int64_t t = 0; t < columns; ++t) qkv[d * ld + t] *= scale;
+  }
+
+  // Divide by the sums and store a block of queries.
+  static void finish_queries(const Params& a, int64_t image, int64_t token, int64_t queries, const QueryState<T>& state) {
+    using V = Vec<T, VB>;
+    const Sizes& s = a.sizes;
+    T* row_max = static_cast<T*>(a.row_max) + image * s.N + token;
+    T* row_sum = static_cast<T*>(a.row_sum) + image * s.N + token;
+    for (int64_t t = 0; t < queries; ++t) {
+      row_max[t] = state.row_max[t];
+      row_sum[t] = state.row_sum[t];
+    }
+    for (int64_t j = 0; j < queries; j += W) {
+      const V inverse = T(1) / load<V>(state.row_sum + j);
+      for (int64_t p = 0; p < s.P; ++p) {
+        T* o = state.out + p * kQueryColumns + j;
+        const V v = load<V>(o) * inverse;
+        store(o, a.relu ? max0(v) : v);
+      }
+    }
+    store_panel<VB>(state.out, kQueryColumns, s.P, queries, y(a, image).at(0, token));
+  }
+
+  static void copy_rest(const Params& a, int64_t image, int64_t token, int64_t n) {
+    const Sizes& s = a.sizes;
+    const auto from = x(a, image).at(s.P, token);
+    const auto to = y(a, image).at(s.P, token);
+    if (a.relu) {
+      map_image<VB>(from, to, s.C - s.P, n, Relu{});
+    } else {
+      map_image<VB>(from, to, s.C - s.P, n, Identity{});
+    }
+  }
+
+  static void run_group(const Params& a, int64_t group, const Scratch& scratch) {
+    const Sizes& s = a.sizes;
+    const Groups<T, VB> groups(s);
+    const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
+    for (int64_t i = 0; i < images; ++i) {
+      T* z = scratch.z + i * groups.distance;
+      load_panel<VB>(x(a, first + i), s.P, s.N, z, ld);
+      if (a.norm_weight) {
+        T mean, rstd;
+        finish_norm(a, first + i, panel_moments<VB>(z, s.P, s.N, ld), &mean, &rstd);
+        normalise<VB>(z, z, s.P, s.N, ld, mean, rstd, static_cast<const T*>(a.norm_weight),
+                      static_cast<const T*>(a.norm_bias));
+      } else {
+        no_norm(a, first + i);
+      }
+    }
+    project(a, images * groups.distance, ld, scratch.z, scratch.qkv);
+    for (int64_t i = 0; i < images; ++i) {
+      const T* qkv = scratch.qkv + i * groups.distance;
+      for (int64_t t = 0; t < s.N; t += kQueryColumns) {
+        const int64_t queries = min64(kQueryColumns, s.N - t);
+        attend_block<T, VB>(s, qkv + t, qkv + s.D * ld, qkv + 2 * s.D * ld, ld, ld, queries, s.N, true, scratch.state);
+        finish_queries(a, first + i, t, queries, scratch.state);
+      }
+      copy_rest(a, first + i, 0, s.N);
+    }
+  }
+
+  static void measure_block(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
+                            const Workspace& workspace) {
+    if (!a.norm_weight) return;
+    const Sizes& s = a.sizes;
+    const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+    load_panel<VB>(x(a, image).at(0, token), s.P, n, scratch.z, kBlockLd);
+    workspace.moments[image * blocks(s) + block] = panel_moments<VB>(scratch.z, s.P, n, kBlockLd);
+  }
+
+  static void project_block(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
+                            const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+    load_panel<VB>(x(a, image).at(0, token), s.P, n, scratch.z, kBlockLd);
+    if (a.norm_weight) {
+      Moments m;
+      for (int64_t i = 0; i < blocks(s); ++i) m.merge(workspace.moments[image * blocks(s) + i]);
+      const T mean = static_cast<T>(m.mean), rstd = static_cast<T>(m.rstd(a.norm_eps));
+      if (block == 0) {
+        static_cast<T*>(a.mean)[image] = mean;
+        static_cast<T*>(a.rstd)[image] = rstd;
+      }
+      normalise<VB>(scratch.z, scratch.z, s.P, n, kBlockLd, mean, rstd, static_cast<const T*>(a.norm_weight),
+                    static_cast<const T*>(a.norm_bias));
+    } else if (block == 0) {
+      no_norm(a, image);
+    }
+    project(a, n, kBlockLd, scratch.z, workspace.qkv + task_offset(s, image, block));
+  }
+
+  static int64_t task_offset(const Sizes& s, int64_t image, int64_t block) {
+    return (image * blocks(s) + block) * s.O() * kBlockLd;
+  }
+
+  static void attend_long(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
+                          const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+    const T* q = workspace.qkv + task_offset(s, image, block);
+    for (int64_t t = 0; t < n; t += kQueryColumns) {
+      const int64_t queries = min64(kQueryColumns, n - t);
+      for (int64_t b = 0; b < blocks(s); ++b) {
+        const T* k = workspace.qkv + task_offset(s, image, b) + s.D * kBlockLd;
+        attend_block<T, VB>(s, q + t, k, k + s.D * kBlockLd, kBlockLd, kBlockLd, queries,
+                            min64(kBlockTokens, s.N - b * kBlockTokens), b == 0, scratch.state);
+      }
+      finish_queries(a, image, token + t, queries, scratch.state);
+    }
+    copy_rest(a, image, token, n);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,44 @@
+// The kernels of one instruction set: included by a file that has enabled it, after every standard header, so that
+// nothing of the standard library is compiled for more than the baseline. All names here have internal linkage.
+#pragma once
+
+#include "moments.h"
+#include "shsa_backward.h"
+#include "shsa_forward.h"
+
+namespace {
+
+template <class K>
+constexpr shvit::Kernel<typename K::Params> kernel() {
+  return {&K::plan, &K::run};
+}
+
+template <class S, int VB>
+constexpr shvit::Kernels kernels() {
+  return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
+          kernel<MomentsBackward<S, VB>>()};
+}
+
+// Independent fused multiply-adds in registers: the processor's peak in float32.
+template <int VB>
+double fma_flops(int64_t repeats) {
+  using V = Vec<float, VB>;
+  constexpr int kChains = 12;
+  V acc[kChains] = {};
+  V factor = V{} + 0.999f, term = V{} + 0.001f;
+  asm volatile("" : "+m"(factor), "+m"(term));
+  const V f = factor, t = term;
+  for (int64_t r = 0; r < repeats; ++r) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * f + t;
+  }
+  asm volatile("" : : "m"(acc));
+  return 2.0 * kChains * kLanes<float, VB> * static_cast<double>(repeats);
+}
+
+template <int VB>
+constexpr shvit::Variant variant(const char* name) {
+  return {name, kernels<float, VB>(), kernels<double, VB>(), kernels<BFloat16, VB>(), &fma_flops<VB>};
+}
+
+}  // namespace

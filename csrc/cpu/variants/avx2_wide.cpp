@@ -1,0 +1,12 @@
+// avx2_wide: the 512-bit source lowered to AVX2 and FMA, so that it is tested where AVX-512 is absent.
+#if defined(__x86_64__)
+#include <cstdint>
+
+#include "../kernels.h"
+#include "../target.h"
+SHVIT_BEGIN_TARGET("avx2,fma")
+#include "../variant.h"
+
+const shvit::Variant shvit::kAvx2Wide = variant<64>("avx2_wide");
+SHVIT_END_TARGET
+#endif

@@ -1,0 +1,6 @@
+// baseline_wide: the 512-bit source lowered to 128-bit instructions, so that it runs everywhere.
+#include <cstdint>
+
+#include "../variant.h"
+
+const shvit::Variant shvit::kBaselineWide = variant<64>("baseline_wide");

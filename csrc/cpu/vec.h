@@ -1,0 +1,153 @@
+// The vector type: VB bytes of T, as GCC and Clang lower it to whatever the enabled instruction set has.
+// One source serves 128, 256 and 512 bits; a width beyond the instruction set is split by the compiler.
+#pragma once
+
+#include <cstdint>
+
+#define SHVIT_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T, int VB>
+struct VecOf {
+  typedef T type __attribute__((vector_size(VB)));
+};
+template <class T, int VB>
+using Vec = typename VecOf<T, VB>::type;
+
+template <class T, int VB>
+constexpr int kLanes = VB / static_cast<int>(sizeof(T));
+
+// The type that sums, statistics and products are computed in.
+template <class S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+
+template <class V, class T>
+SHVIT_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+SHVIT_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Scalars between storage and compute type; bfloat16 rounds to nearest even and keeps NaN.
+template <class T>
+SHVIT_INLINE T widen(T v) {
+  return v;
+}
+SHVIT_INLINE float widen(BFloat16 v) {
+  uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+template <class T>
+SHVIT_INLINE void narrow(T* p, T v) {
+  *p = v;
+}
+SHVIT_INLINE void narrow(BFloat16* p, float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  p->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Vectors of compute type from and to storage.
+template <int VB>
+SHVIT_INLINE Vec<float, VB> load_wide(const float* p) {
+  return load<Vec<float, VB>>(p);
+}
+template <int VB>
+SHVIT_INLINE Vec<double, VB> load_wide(const double* p) {
+  return load<Vec<double, VB>>(p);
+}
+template <int VB>
+SHVIT_INLINE Vec<float, VB> load_wide(const BFloat16* p) {
+  const auto bits = __builtin_convertvector(load<Vec<uint16_t, VB / 2>>(p), Vec<uint32_t, VB>) << 16;
+  return (Vec<float, VB>)bits;
+}
+template <int VB>
+SHVIT_INLINE void store_narrow(float* p, Vec<float, VB> v) {
+  store(p, v);
+}
+template <int VB>
+SHVIT_INLINE void store_narrow(double* p, Vec<double, VB> v) {
+  store(p, v);
+}
+template <int VB>
+SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
+  const auto bits = (Vec<uint32_t, VB>)v;
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Vec<uint32_t, VB> nan = Vec<uint32_t, VB>{} + 0x7fc0;
+  const auto half = __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, VB / 2>);
+  store(p, half);
+}
+
+template <class V>
+SHVIT_INLINE V max0(V v) {
+  return v < 0 ? V{} : v;  // keeps NaN
+}
+
+template <class V>
+SHVIT_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class T, int VB>
+SHVIT_INLINE T horizontal_sum(Vec<T, VB> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T, VB>; ++i) sum += v[i];
+  return sum;
+}
+
+// exp(x) for x <= 0 or NaN, within an ulp; exactly 0 below the logarithm of the smallest normal number.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) from its Taylor series.
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  using Bits = int32_t;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f, kLowest = -87.33654f;
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
+};
+template <>
+struct ExpConstants<double> {
+  using Bits = int64_t;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10,
+                          kLowest = -708.396418532264;
+  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
+};
+
+template <class T, int VB>
+SHVIT_INLINE Vec<T, VB> exp_nonpositive(Vec<T, VB> x) {
+  using K = ExpConstants<T>;
+  using I = Vec<typename K::Bits, VB>;
+  const Vec<T, VB> shifted = x * T(1.4426950408889634) + K::kRound;
+  const Vec<T, VB> n = shifted - K::kRound;
+  const Vec<T, VB> r = (x - n * K::kLn2Hi) - n * K::kLn2Lo;
+  T factorial[K::kDegree + 1] = {1};
+  for (int i = 1; i <= K::kDegree; ++i) factorial[i] = factorial[i - 1] * T(i);
+  Vec<T, VB> p = Vec<T, VB>{} + T(1) / factorial[K::kDegree];
+#pragma GCC unroll 16
+  for (int i = K::kDegree - 1; i >= 0; --i) p = p * r + T(1) / factorial[i];
+  const I power = ((I)shifted << K::kMantissa) + (typename K::Bits(K::kBias) << K::kMantissa);
+  const Vec<T, VB> result = p * (Vec<T, VB>)power;
+  return x < K::kLowest ? Vec<T, VB>{} : result;
+}
+
+}  // namespace
