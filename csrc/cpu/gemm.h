@@ -21,16 +21,7 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
                             const T* bias) {
   using V = Vec<T, VB>;
   constexpr int W = kLanes<T, VB>;
-  V acc[MR][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      acc[i][j] = init == Init::kAccumulate ? load<V>(c + i * ldc + j * W)
-                  : init == Init::kBias     ? V{} + bias[i]
-                                            : V{};
-    }
-  }
+  V acc[MR][NV] = {};
   const T* ak = a.data;
   for (int64_t k = 0; k < K; ++k, ak += a.col_stride, b += ldb) {
     V row[NV];
@@ -46,7 +37,11 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      T* p = c + i * ldc + j * W;
+      const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
+      store(p, start + acc[i][j]);
+    }
   }
 }
 
@@ -76,10 +71,12 @@ SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, const T* b,
 template <class T, int VB>
 constexpr int kColumnStep = VB > 16 ? kLanes<T, VB> / 2 : kLanes<T, VB>;
 
-// C[M, N] = init + A[M, K] B[K, N]. N counts up to the next kColumnStep: so far B is read and C is written.
+// The longest sum that is kept in one register; longer ones are added up in pieces, which rounds less.
+constexpr int64_t kDepth = 128;
+
 template <class T, int VB>
-__attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb, T* c,
-                                    int64_t ldc, Init init = Init::kZero, const T* bias = nullptr) {
+__attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
+                                          T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
   int64_t n = 0;
   for (; N - n > 2 * W - kStep; n += 2 * W) gemm_column<T, VB, 2>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
@@ -89,6 +86,18 @@ __attribute__((noinline)) void gemm(int64_t M, int64_t N, int64_t K, MatrixView<
   }
   if constexpr (kStep < W) {
     if (N > n) gemm_column<T, VB / 2, 1, kTileRows<VB>>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
+  }
+}
+
+// C[M, N] = init + A[M, K] B[K, N]. N counts up to the next kColumnStep: so far B is read and C is written.
+template <class T, int VB>
+void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+          Init init = Init::kZero, const T* bias = nullptr) {
+  const int64_t pieces = (K + kDepth - 1) / kDepth;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t k = K * i / pieces, depth = K * (i + 1) / pieces - k;
+    gemm_depth<T, VB>(M, N, depth, {a.data + k * a.col_stride, a.row_stride, a.col_stride}, b + k * ldb, ldb, c, ldc,
+                      i == 0 ? init : Init::kAccumulate, bias);
   }
 }
 

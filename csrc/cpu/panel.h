@@ -214,19 +214,19 @@ SHVIT_INLINE Moments panel_moments(const T* panel, int64_t P, int64_t n, int64_t
   return {count, mean, squares};
 }
 
-// panel = (panel - mean) * rstd, and z = panel * weight + bias; z may be the panel itself.
+// z = (panel - mean) * rstd * weight + bias, in place or beside the panel, which then becomes (panel - mean) * rstd.
 template <int VB, class T>
 SHVIT_INLINE void normalise(T* panel, T* z, int64_t P, int64_t n, int64_t ld, T mean, T rstd, const T* weight,
                             const T* bias) {
+  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   for (int64_t p = 0; p < P; ++p) {
-    const T w = weight[p], b = bias ? bias[p] : T(0);
+    const T factor = rstd * weight[p], b = bias ? bias[p] : T(0);
     T* row = panel + p * ld;
     T* out = z + p * ld;
-    for (int64_t t = 0; t < round_up(n, kColumnStep<T, VB>); t += kColumnStep<T, VB>) {
-      using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
-      const V normal = (load<V>(row + t) - mean) * rstd;
-      if (panel != z) store(row + t, normal);
-      store(out + t, normal * w + b);
+    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
+      const V centred = load<V>(row + t) - mean;
+      if (panel != z) store(row + t, centred * rstd);
+      store(out + t, centred * factor + b);
     }
   }
 }

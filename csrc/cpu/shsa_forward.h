@@ -33,24 +33,25 @@ SHVIT_INLINE void attend_block(const Sizes& s, const T* q, const T* k, const T* 
     T* column = state.scores + j;
     V highest = load<V>(column);
     for (int64_t i = 1; i < keys; ++i) highest = vmax(highest, load<V>(column + i * kQueryColumns));
-    V sum{};
+    V earlier{};
     if (!first) {
       const V old = load<V>(state.row_max + j);
       highest = vmax(highest, old);
       const V shrink = exp_nonpositive<T, VB>(old - highest);
-      sum = load<V>(state.row_sum + j) * shrink;
+      earlier = load<V>(state.row_sum + j) * shrink;
       for (int64_t p = 0; p < s.P; ++p) {
         T* o = state.out + p * kQueryColumns + j;
         store(o, load<V>(o) * shrink);
       }
     }
+    V sums[4] = {};  // several short sums round less than a long one
     for (int64_t i = 0; i < keys; ++i) {
       const V e = exp_nonpositive<T, VB>(load<V>(column + i * kQueryColumns) - highest);
       store(column + i * kQueryColumns, e);
-      sum += e;
+      sums[i % 4] += e;
     }
     store(state.row_max + j, highest);
-    store(state.row_sum + j, sum);
+    store(state.row_sum + j, earlier + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
   gemm<T, VB>(s.P, queries, keys, {v, kv_ld, 1}, state.scores, kQueryColumns, state.out, kQueryColumns,
               first ? Init::kZero : Init::kAccumulate);
