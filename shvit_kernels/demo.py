@@ -129,7 +129,7 @@ def _top5(comparison: Comparison) -> Table:
 def _table(comparisons: list[Comparison]) -> Table:
     table = Table(title="stock and accelerated, one image", title_justify="left")
     table.add_column("model")
-    for heading in ("largest logit", "largest difference", "stock ms", "accelerated ms", "ratio"):
+    for heading in ("largest\nlogit", "largest\ndifference", "stock\nms", "accelerated\nms", "ratio"):
         table.add_column(heading, justify="right")
     for c in comparisons:
         table.add_row(
@@ -138,7 +138,7 @@ def _table(comparisons: list[Comparison]) -> Table:
             f"{c.difference:.1e}",
             f"{1e3 * c.stock_seconds.median:.1f}",
             f"{1e3 * c.accelerated_seconds.median:.1f}",
-            f"{c.ratio.median:.2f} ({c.ratio.low:.2f} to {c.ratio.high:.2f})",
+            f"{c.ratio.median:.2f} ({c.ratio.low:.2f}-{c.ratio.high:.2f})",
         )
     return table
 
@@ -156,6 +156,7 @@ def _plot(comparisons: list[Comparison], image: Image.Image, path: Path) -> None
         scale = c.stock.abs().max()
         logits.plot(c.stock / scale, c.accelerated / scale, ".", markersize=3, label=f"{c.name}: {c.difference:.1e}")
     logits.axline((0, 0), slope=1, color="#999999", linewidth=0.8, zorder=0)
+    logits.set_xticks([-1, -0.5, 0, 0.5, 1])
     logits.set_xlabel("stock")
     logits.set_ylabel("accelerated")
     logits.set_title("logits, over the largest")
@@ -177,8 +178,8 @@ def _plot(comparisons: list[Comparison], image: Image.Image, path: Path) -> None
     times.set_xticks(range(len(comparisons)), [c.name for c in comparisons])
     times.set_ylabel("ms per image (median, quartiles)")
     times.set_title(f"time, {torch.get_num_threads()} thread(s)")
-    times.margins(y=0.12)
-    times.legend(fontsize="small")
+    times.margins(y=0.2)
+    times.legend(fontsize="small", loc="upper left")
     figure.savefig(path, dpi=110)
 
 

@@ -13,6 +13,7 @@ from .cases import EAGER, OURS, SUITES
 
 Results = dict[str, Any]
 _COLOURS = {OURS: "#0072b2", EAGER: "#999999"}
+_STYLE = {"title_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # fits 80 columns
 _OTHER_COLOURS = ["#e69f00", "#009e73", "#cc79a7"]
 
 
@@ -24,9 +25,9 @@ def _spread(spread: dict[str, float], digits: int) -> str:
 def _table(cases: list[dict[str, Any]]) -> Table:
     """The cases of one suite and one shape: a line per contender."""
     unit, scale = ("ms", 1e-3) if cases[0]["suite"] == "models" else ("microseconds", 1)
-    table = Table(title=f"{cases[0]['suite']}: {cases[0]['name']}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{cases[0]['suite']}: {cases[0]['name']}", **_STYLE)
     table.add_column("", no_wrap=True)
-    for heading in (unit, "times eager", "GFLOP/s (of peak)"):
+    for heading in (unit, "times eager", "GFLOP/s\n(of peak)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for case in cases:
         images = case["shape"][0]
@@ -107,10 +108,10 @@ def save_plot(results: Results, path: Path) -> None:
         panel.invert_yaxis()
         panel.set_title(f"{suite}: {SUITES[suite]}", loc="left", fontsize="medium")
         panel.set_xlabel("times as fast as eager (median, quartiles)")
-        panel.legend(fontsize="small")
     figure.suptitle(
         f"{results['device']}, {results['threads']} thread(s), torch {results['versions']['torch']}, "
         f"{results['date'][:10]}",
         fontsize="medium",
     )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
