@@ -4,9 +4,10 @@ A case is a shape and a mode; its contenders compute the same from the same weig
 :func:`_contenders`.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,12 @@ def cases(suites: list[str], variants: list[str]) -> list[Case]:
     def add(suite: str, name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], modes: list[str]) -> None:
         flops = _flops(build, (1, *shape))
 
-        def module() -> nn.Module:
+        @cache
+        def original() -> nn.Module:
             return _with_weights(build(), shape[0])
+
+        def module() -> nn.Module:
+            return copy.deepcopy(original())
 
         for mode in modes:
             for batch in BATCHES:
