@@ -31,12 +31,13 @@ def _read(path: str) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        # Only the end of PyTorch's message: its beginning advises to run whatever the file holds.
+        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        foreign = re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", text)
         if foreign:
             reason = f"it holds a {foreign[1]}, and only tensors, plain containers and argparse.Namespace are read"
         else:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            reason = f"it is truncated or of another format ({first_line})"
+            reason = f"it is truncated or of another format ({text.splitlines()[0]})"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
@@ -56,7 +57,7 @@ def read_weights(checkpoint) -> dict[str, Tensor]:
         raise ValueError(f"{source} holds no weights: expected a dict of tensors, got {type(content).__name__}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{source} holds no weights: {name!r} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{source} holds no weights: {name!r} is of type {type(value).__name__}, not a tensor")
         if value.is_meta or value.layout != torch.strided:
             kind = "meta" if value.is_meta else value.layout
             raise ValueError(f"{source} must hold ordinary tensors, and {name} is a {kind} tensor")
