@@ -15,4 +15,5 @@ _declare("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _declare("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
-import timm.models.shvit  # noqa: E402
+
+__all__ = ["timm"]
