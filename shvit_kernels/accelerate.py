@@ -43,7 +43,7 @@ def _why_not(layer: nn.Module) -> str | None:
     if not _projects(proj[1], layer.dim, layer.dim):
         return "another projection"
     if layer._parameters or layer._buffers or "forward" in vars(layer):
-        return "additions of its own"
+        return "additions of their own"
     return None
 
 

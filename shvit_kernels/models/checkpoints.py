@@ -31,13 +31,13 @@ def _read(path: str) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        # Only the end of PyTorch's message: its beginning advises to run whatever the file holds.
+        # One sentence of PyTorch's message: others advise to run whatever the file holds.
         text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
         foreign = re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", text)
         if foreign:
             reason = f"it holds a {foreign[1]}, and only tensors, plain containers and argparse.Namespace are read"
         else:
-            reason = f"it is truncated or of another format ({text.splitlines()[0]})"
+            reason = f"it is truncated or of another format ({text.splitlines()[0].partition('. ')[0]})"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
