@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -275,6 +276,15 @@ def test_nothing_found():
 
     with pytest.raises(ValueError, match="at least one SHSA"):
         accelerate(SHSA())
+
+
+def test_onnx(tmp_path):
+    model = randomise(accelerate(timm.create_model("shvit_s1"))).eval()
+    x = images(224, dtype=torch.float32)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), evaluation(model, x)["output"], rtol=1e-4, atol=1e-4)
 
 
 def test_timm_is_never_imported():

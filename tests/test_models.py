@@ -22,6 +22,10 @@ def small(**arguments) -> SHViT:
     return SHViT(**{**SMALL, **arguments})
 
 
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
 @pytest.fixture(scope="module")
 def pairs():
     """Ours, randomised, and timm's with the same weights, in float64, by name; kept, as making them takes a while."""
@@ -275,8 +279,9 @@ def test_variants():
     for name in NATIVE:
         made = getattr(shvit_kernels, name)(device="meta")
         theirs = timm.create_model(name, device="meta")
-        shapes = {key: value.shape for key, value in theirs.state_dict().items()}
-        assert {key: value.shape for key, value in made.state_dict().items()} == shapes
+        assert shapes(made) == shapes(theirs)
+    widths = {"embed_dim": (24, 33, 33), "partial_dim": (4, 6, 9), "types": ("s", "i", "s"), "device": "meta"}
+    assert shapes(SHViT(**widths, depth=(1, 1, 2))) == shapes(timm.models.shvit.SHViT(**widths, depth=(1, 1, 2)))
 
 
 def test_compiles_whole():
