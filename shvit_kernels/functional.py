@@ -41,15 +41,17 @@ def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x:
         raise ValueError(f"{name} must be on the device of x: {name} is on {value.device}, x is on {x.device}")
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``; float64 is left alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that parameters are cast to, None where autocast is off or leaves ``x`` alone."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else None
 
 
-def _tf32(x: Tensor) -> tuple[bool, bool]:
+def tf32(x: Tensor) -> tuple[bool, bool]:
     """PyTorch's TF32 settings for convolutions (the projection) and matrix products (attention)."""
     if not (x.is_cuda and x.dtype == torch.float32):
         return False, False
@@ -103,36 +105,6 @@ def shsa(
         ValueError: if shapes or devices do not fit, ``qk_dim < 1``, or the named backend is unknown or cannot run
             the call; the message names the argument and both values.
     """
-    return _shsa(
-        x,
-        None,
-        qkv_weight,
-        qkv_bias,
-        qk_dim=qk_dim,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        norm_eps=norm_eps,
-        scale=scale,
-        relu=relu,
-        backend=backend,
-    )
-
-
-def _shsa(
-    x: Tensor,
-    x1: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    *,
-    qk_dim: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    scale: float | None,
-    relu: bool,
-    backend: str | None,
-) -> Tensor:
-    """:func:`shsa` for a caller that already has a contiguous copy of ``x[:, :P]``, to be saved for the backward."""
     if not isinstance(qkv_weight, Tensor):
         raise TypeError(f"qkv_weight must be a tensor [2 * qk_dim + P, P], got {type(qkv_weight).__name__}")
     if qkv_weight.dim() != 2:
@@ -159,7 +131,7 @@ def _shsa(
     if scale is None:
         scale = qk_dim**-0.5
     return backends.choose(x, backend).shsa(
-        x, x1, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, *_tf32(x)
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, *tf32(x)
     )
 
 

@@ -4,6 +4,7 @@ Parameter names are those of timm and of the official repository.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends, functional
-from .ops import memory_format, readable
 
 
 class GroupNorm1(nn.GroupNorm):
@@ -66,42 +66,9 @@ class Conv2dNorm(nn.Sequential):
         return fused.train(self.training)
 
 
-class _Split(torch.autograd.Function):
-    """``x`` -> (contiguous copy of its first P channels, ``x``), for two functions that both read the copy.
-
-    The gradient of ``x`` is freshly made by the one operator that took it, so the copy's gradient is added to it in
-    place: the other channels are not touched again.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, pdim: int):
-        ctx.pdim = pdim
-        return x[:, :pdim].contiguous(memory_format=memory_format(x)), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx1: Tensor, dx: Tensor):
-        dx[:, : ctx.pdim] += dx1
-        return dx, None
-
-
-class _ProjectedVariance(torch.autograd.Function):
-    """``diag(W cov W^T)``; keeps only W and cov, where autograd would also keep ``W cov``."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, cov: Tensor):
-        ctx.save_for_backward(weight, cov)
-        return ((weight @ cov) * weight).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx, d: Tensor):
-        weight, cov = ctx.saved_tensors
-        scaled = d[:, None] * weight
-        return scaled @ (cov + cov.t()), weight.t() @ scaled
-
-
-def _has_hooks(*modules: nn.Module) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -135,24 +102,27 @@ def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | No
         and list(module._modules) == ["c", "bn"]
         and _is_pointwise(module.c)
         and type(module.bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and not _has_hooks(module, module.bn)
+        and not _has_hooks(module)
+        and not _has_hooks(module.bn)
     ):
         return module.c, module.bn
     return None
 
 
-def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[int | Tensor, Tensor, Tensor]:
-    """Moments over all ranks of a training SyncBatchNorm, by one all-reduce; anything else keeps its own moments."""
+def _merges_ranks(bn: nn.Module) -> bool:
+    """Whether ``bn`` takes its batch statistics over several processes."""
     if not (type(bn) is nn.SyncBatchNorm and bn.training and dist.is_available() and dist.is_initialized()):
-        return count, mean, cov
-    group = bn.process_group or dist.group.WORLD
-    if dist.get_world_size(group) == 1:
-        return count, mean, cov
+        return False
+    return dist.get_world_size(bn.process_group or dist.group.WORLD) > 1
+
+
+def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of all ranks together, by one all-reduce."""
     # Uncentred products are summed, so in float64.
     mean64 = mean.double()
     second = cov.double() + mean64[:, None] * mean64
     packed = torch.cat([mean64.new_tensor([count]), mean64 * count, (second * count).flatten()])
-    packed = dist.nn.functional.all_reduce(packed, group=group)
+    packed = dist.nn.functional.all_reduce(packed, group=bn.process_group or dist.group.WORLD)
     total = packed[0].detach()
     P = mean.shape[0]
     sums = packed[1:] / total.clamp_min(1)
@@ -162,53 +132,16 @@ def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[
 
 
 @torch.no_grad()
-def _update_running(bn: nn.Module, count: int | Tensor, mean: Tensor, variance: Tensor) -> None:
-    """The running statistics of ``bn`` after a batch, as ``torch.nn.BatchNorm2d`` keeps them (unbiased variance)."""
+def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor) -> None:
+    """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does (unbiased variance, same error)."""
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if not (bn.training and bn.track_running_stats) or count == 0:
+        return
     factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
     unbiased = variance * (count / (count - 1))
-    for running, value in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-        running.add_((value.to(running.dtype) - running) * factor)
-
-
-def _fold(
-    conv: nn.Conv2d,
-    bn: nn.Module | None,
-    moments: tuple[int | Tensor, Tensor, Tensor] | None,
-    size: torch.Size,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[O, P]`` and bias ``[O]`` of ``bn(conv(z))`` as one projection (design section 3).
-
-    ``moments`` are count, mean and covariance of z where batch statistics are used, None for running statistics.
-    """
-    weight, bias = conv.weight.flatten(1), conv.bias
-    if bn is None:
-        return weight, bias
-    with torch.autocast(weight.device.type, enabled=False):
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        tracked = bn.training and bn.track_running_stats
-        if tracked:
-            bn.num_batches_tracked.add_(1)
-        if moments is None:
-            mean, variance = bn.running_mean.to(weight.dtype), bn.running_var.to(weight.dtype)
-        else:
-            count, z_mean, z_cov = moments
-            if count == 1:
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-            mean = weight @ z_mean.to(weight.dtype)
-            variance = _ProjectedVariance.apply(weight, z_cov.to(weight.dtype)).clamp_min(0)
-            if bias is not None:
-                mean = mean + bias
-            if tracked and count > 0:
-                _update_running(bn, count, mean, variance)
-        factor = (variance + bn.eps).rsqrt()
-        if bn.weight is not None:
-            factor = factor * bn.weight
-        offset = -mean if bias is None else bias - mean
-        folded_bias = offset * factor
-        if bn.bias is not None:
-            folded_bias = folded_bias + bn.bias
-        return (factor[:, None] * weight).to(dtype), folded_bias.to(dtype)
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), factor)
 
 
 class SHSA(nn.Module):
@@ -274,42 +207,45 @@ class SHSA(nn.Module):
         if projection is None:
             return self.proj(self._composite(x))
         proj = self.proj
-        if type(proj) is nn.Sequential and type(proj[0]) is nn.ReLU and not _has_hooks(proj, proj[0]):
+        if type(proj) is nn.Sequential and type(proj[0]) is nn.ReLU and not (_has_hooks(proj) or _has_hooks(proj[0])):
             y = self._attend(x, *projection, relu=True)
-            for module in proj[1:]:
+            for module in islice(proj, 1, None):
                 y = module(y)
             return y
         return proj(self._attend(x, *projection, relu=False))
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
-        globally_hooked = nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
-        if globally_hooked or not _is_group_norm1(self.pre_norm):
+        norm = self.pre_norm
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or not _is_group_norm1(norm):
             return None
         projection = _conv_and_norm(self.qkv)
         if projection is None:
             return None
-        same_dtype = self.pre_norm.weight.dtype == projection[0].weight.dtype == x.dtype
-        return projection if same_dtype or torch.is_autocast_enabled(x.device.type) else None
+        weight = projection[0].weight
+        if weight.device != x.device:
+            return None
+        if norm.weight.dtype == weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return projection
+        return None
 
     def _attend(self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, relu: bool) -> Tensor:
         """From the split to the concatenation (and ReLU)."""
         norm = self.pre_norm
-        x1, moments = None, None
-        if bn is not None and (bn.training or bn.running_mean is None):
-            if backends.choose(x, None) is backends.eager:
-                read = x
+        weight, bias = conv.weight.flatten(1), conv.bias
+        if bn is not None:
+            if bn.training and bn.track_running_stats:
+                bn.num_batches_tracked.add_(1)
+            if not bn.training and bn.running_mean is not None:
+                weight, bias = backends.choose(x, None).fold(
+                    weight, bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+                )
+            elif bias is None and not functional.is_autocast(x) and not _merges_ranks(bn):
+                return self._attend_batch(x, weight, bn, relu)
             else:
-                x1, x = _Split.apply(readable(x), self.pdim)
-                read = x1
-            moments = functional.partial_moments(
-                read, norm.weight, norm.bias, pdim=self.pdim, norm_eps=norm.eps
-            )
-            moments = _merge_ranks(bn, *moments)
-        weight, bias = _fold(conv, bn, moments, x.shape, x.dtype)
-        return functional._shsa(
+                weight, bias = self._fold_batch(x, weight, bias, bn)
+        return functional.shsa(
             x,
-            None if x1 is None else x1.detach(),
             weight,
             bias,
             qk_dim=self.qk_dim,
@@ -318,8 +254,43 @@ class SHSA(nn.Module):
             norm_eps=norm.eps,
             scale=self.scale,
             relu=relu,
-            backend=None,
         )
+
+    def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
+        """The projection with ``bn`` folded in, from the moments of the batch (of all ranks)."""
+        norm = self.pre_norm
+        moments = functional.partial_moments(x, norm.weight, norm.bias, pdim=self.pdim, norm_eps=norm.eps)
+        if _merges_ranks(bn):
+            moments = _merge_ranks(bn, *moments)
+        count, z_mean, z_cov = moments
+        with torch.autocast(x.device.type, enabled=False):
+            wide = weight.to(z_cov.dtype)
+            mean, variance = backends.eager.batch_statistics(wide, z_mean, z_cov)
+            if bias is not None:
+                mean = mean + bias
+            _track(bn, count, x.shape, mean, variance)
+            folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
+            return tuple(t.to(weight.dtype) for t in folded)
+
+    def _attend_batch(self, x: Tensor, weight: Tensor, bn: nn.Module, relu: bool) -> Tensor:
+        """Moments, fold and attention as one operator."""
+        norm = self.pre_norm
+        y, mean, variance = backends.choose(x, None).shsa_train(
+            x,
+            norm.weight,
+            norm.bias,
+            weight,
+            bn.weight,
+            bn.bias,
+            self.qk_dim,
+            norm.eps,
+            bn.eps,
+            self.scale,
+            relu,
+            *functional.tf32(x),
+        )
+        _track(bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
+        return y
 
     def _composite(self, x: Tensor) -> Tensor:
         """The same, calling the submodules one by one."""

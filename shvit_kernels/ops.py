@@ -2,9 +2,13 @@
 
 A *family* is a set of kernels with one schema: ``native`` (C++, CPU). For a family X there are
 
-    shsa_forward_X, partial_moments_forward_X     kernels; no Python runs below them
-    shsa_backward_X, partial_moments_backward_X   their derivatives; once differentiable
-    shsa_X, partial_moments_X                     the same functions with autograd
+    shsa_forward_X                attention over the first P channels; no Python runs below it
+    shsa_X                        the same with autograd, through shsa_backward_X
+    partial_moments_forward_X     moments of the normalised first P channels; likewise
+    partial_moments_X             the same with autograd, through partial_moments_backward_X
+    shsa_train_X                  moments, fold of the batch normalisation and attention, with autograd, through
+                                  shsa_train_backward_X
+    fold_X                        a projection and the batch normalisation behind it as one projection
 
 They are private: validation and the choice of a family happen in ``functional``. Kernels take ``x`` and ``x1``
 NCHW-contiguous or channels_last and keep that format; gradients that were not asked for come back with size [0].
@@ -15,21 +19,31 @@ from torch import Tensor
 
 FAMILIES = ("native",)
 
-_SHSA_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor? qkv_bias"
-_SHSA_SETTINGS = "int qk_dim, float norm_eps, float scale, bool relu, bool tf32_proj, bool tf32_attn"
-_SHSA_RESULTS = "(Tensor y, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum)"
-_NORM_PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias"
+_NORM = "Tensor? norm_weight, Tensor? norm_bias"
+_QKV = "Tensor qkv_weight, Tensor? qkv_bias"
+_SETTINGS = "float scale, bool relu, bool tf32_proj, bool tf32_attn"
+_SHSA = f"{_NORM}, {_QKV}, int qk_dim, float norm_eps, {_SETTINGS}"
+_SHSA_SAVED = "Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum"
+_MOMENTS = f"Tensor x, {_NORM}, int pdim, float norm_eps"
 _MOMENTS_RESULTS = "(Tensor mean, Tensor cov, Tensor image_mean, Tensor image_rstd)"
+_BATCH_NORM = "Tensor weight, Tensor? bn_weight, Tensor? bn_bias"
+_TRAIN = f"{_NORM}, {_BATCH_NORM}, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}"
+_TRAIN_SAVED = f"Tensor x1, {_SHSA_SAVED}, Tensor z_mean, Tensor z_cov, Tensor batch_mean, Tensor batch_var"
 
 _SCHEMAS = (
-    f"shsa_forward_X(Tensor x, {_SHSA_PARAMETERS}, {_SHSA_SETTINGS}) -> {_SHSA_RESULTS}",
-    f"shsa_X(Tensor x, Tensor? x1, {_SHSA_PARAMETERS}, {_SHSA_SETTINGS}) -> {_SHSA_RESULTS}",
-    f"shsa_backward_X(Tensor dy, Tensor x1, Tensor y, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum, "
-    f"{_SHSA_PARAMETERS}, {_SHSA_SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"partial_moments_forward_X(Tensor x, {_NORM_PARAMETERS}, int pdim, float norm_eps) -> {_MOMENTS_RESULTS}",
-    f"partial_moments_X(Tensor x, {_NORM_PARAMETERS}, int pdim, float norm_eps) -> {_MOMENTS_RESULTS}",
-    f"partial_moments_backward_X(Tensor dmean, Tensor dcov, Tensor x1, Tensor mean, Tensor image_mean, "
-    f"Tensor image_rstd, {_NORM_PARAMETERS}, int channels, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"shsa_forward_X(Tensor x, {_SHSA}) -> (Tensor y, {_SHSA_SAVED})",
+    f"shsa_X(Tensor x, {_SHSA}) -> (Tensor y, {_SHSA_SAVED})",
+    f"shsa_backward_X(Tensor dy, Tensor x1, Tensor y, {_SHSA_SAVED}, {_SHSA}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"partial_moments_forward_X({_MOMENTS}) -> {_MOMENTS_RESULTS}",
+    f"partial_moments_X({_MOMENTS}) -> {_MOMENTS_RESULTS}",
+    "partial_moments_backward_X(Tensor dmean, Tensor dcov, Tensor x1, Tensor mean, Tensor image_mean, "
+    f"Tensor image_rstd, {_NORM}, int channels, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"shsa_train_X(Tensor x, {_TRAIN}) -> (Tensor y, {_TRAIN_SAVED})",
+    f"shsa_train_backward_X(Tensor dy, Tensor y, {_TRAIN_SAVED}, {_TRAIN}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fold_X(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor variance, float eps)"
+    " -> (Tensor qkv_weight, Tensor qkv_bias)",
 )
 
 _library = torch.library.Library("shvit_kernels", "DEF")
@@ -55,107 +69,122 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _needed(needs: list[bool], *gradients: tuple[Tensor | None, torch.Size | tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """Fake gradients: like the parameter where asked for, empty otherwise."""
-    like = next(t for t, _ in gradients if t is not None)
+def _empty_image(like: Tensor, channels: int) -> Tensor:
+    B, _, H, W = like.shape
+    return like.new_empty(B, channels, H, W).contiguous(memory_format=memory_format(like))
+
+
+def _gradients(needs: list[bool], like: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """Fake gradients: the shape and type of the parameter where asked for, empty otherwise."""
     return tuple(
-        t.new_empty(shape) if need and t is not None else like.new_empty(0)
-        for need, (t, shape) in zip(needs, gradients, strict=True)
+        (like if t is None else t).new_empty(t.shape if need and t is not None else (0,))
+        for need, t in zip(needs, parameters, strict=True)
     )
 
 
-def _fake_shsa_forward(x, norm_weight, norm_bias, qkv_weight, *settings):
-    B, _, H, W = x.shape
+def _fake_shsa(x, norm_weight, norm_bias, qkv_weight, *settings):
+    B, C, H, W = x.shape
     dtype = sum_dtype(x.dtype)
-    per_image = [x.new_empty(B, dtype=dtype) for _ in range(2)]
-    per_token = [x.new_empty(B, H * W, dtype=dtype) for _ in range(2)]
-    return x.new_empty(x.shape).contiguous(memory_format=memory_format(x)), *per_image, *per_token
+    sizes = ((B,), (B,), (B, H * W), (B, H * W))
+    return _empty_image(x, C), *(x.new_empty(size, dtype=dtype) for size in sizes)
 
 
-def _fake_shsa(x, x1, *rest):
-    return _fake_shsa_forward(x, *rest)
-
-
-def _fake_shsa_backward(
-    dy, x1, y, mean, rstd, row_max, row_sum, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings_and_needs
-):
+def _fake_shsa_backward(dy, x1, y, mean, rstd, row_max, row_sum, nw, nb, qkv_weight, qkv_bias, *settings_and_needs):
     needs = settings_and_needs[-1]
-    parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias)
-    dx = torch.empty_like(y) if needs[0] else qkv_weight.new_empty(0)
-    shapes = [(t, () if t is None else t.shape) for t in parameters]
-    return dx, *_needed(needs[1:], *shapes)
+    dx = _empty_image(y, y.shape[1]) if needs[0] else y.new_empty(0)
+    return dx, *_gradients(needs[1:], y, nw, nb, qkv_weight, qkv_bias)
 
 
-def _fake_moments_forward(x, norm_weight, norm_bias, pdim, norm_eps):
+def _fake_moments(x, norm_weight, norm_bias, pdim, norm_eps):
     B = x.shape[0]
     dtype = sum_dtype(x.dtype)
-    return tuple(x.new_empty(shape, dtype=dtype) for shape in ((pdim,), (pdim, pdim), (B,), (B,)))
+    return tuple(x.new_empty(size, dtype=dtype) for size in ((pdim,), (pdim, pdim), (B,), (B,)))
 
 
-def _fake_moments_backward(
-    dmean, dcov, x1, mean, image_mean, image_rstd, norm_weight, norm_bias, channels, needs
-):
-    B, _, H, W = x1.shape
-    dx = x1.new_empty(B, channels, H, W).contiguous(memory_format=memory_format(x1)) if needs[0] else x1.new_empty(0)
-    P = mean.shape
-    return dx, *_needed(needs[1:], (x1 if norm_weight is None else norm_weight, P), (x1 if norm_bias is None else norm_bias, P))
+def _fake_moments_backward(dmean, dcov, x1, mean, image_mean, image_rstd, norm_weight, norm_bias, channels, needs):
+    dx = _empty_image(x1, channels) if needs[0] else x1.new_empty(0)
+    return dx, *_gradients(needs[1:], x1, norm_weight, norm_bias)
+
+
+def _fake_train(x, norm_weight, norm_bias, weight, *settings):
+    O, P = weight.shape
+    dtype = sum_dtype(x.dtype)
+    y, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
+    sizes = ((P,), (P, P), (O,), (O,))
+    return y, _empty_image(x, P), *statistics, *(x.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _fake_train_backward(dy, y, *rest):
+    norm_weight, norm_bias, weight, bn_weight, bn_bias = rest[9:14]
+    needs = rest[-1]
+    dx = _empty_image(y, y.shape[1]) if needs[0] else y.new_empty(0)
+    return dx, *_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
+
+
+def _fake_fold(weight, *rest):
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _define(family: str) -> None:
     """Declare a family's operators and give them their fake kernels and derivatives."""
 
-    def named(name):
-        return f"{name}_{family}"
-
     def operator(name):
-        return getattr(torch.ops.shvit_kernels, named(name)).default
+        return getattr(torch.ops.shvit_kernels, f"{name}_{family}").default
 
     def fake(name, function):
-        torch.library.register_fake(f"shvit_kernels::{named(name)}", function, lib=_library)
+        torch.library.register_fake(f"shvit_kernels::{name}_{family}", function, lib=_library)
 
     def autograd(name, backward, setup_context=None):
         torch.library.register_autograd(
-            f"shvit_kernels::{named(name)}", backward, setup_context=setup_context, lib=_library
+            f"shvit_kernels::{name}_{family}", backward, setup_context=setup_context, lib=_library
         )
 
     for schema in _SCHEMAS:
         _library.define(schema.replace("_X(", f"_{family}("))
 
-    fake("shsa_forward", _fake_shsa_forward)
+    fake("shsa_forward", _fake_shsa)
     fake("shsa", _fake_shsa)
     fake("shsa_backward", _fake_shsa_backward)
-    fake("partial_moments_forward", _fake_moments_forward)
-    fake("partial_moments", _fake_moments_forward)
+    fake("partial_moments_forward", _fake_moments)
+    fake("partial_moments", _fake_moments)
     fake("partial_moments_backward", _fake_moments_backward)
+    fake("shsa_train", _fake_train)
+    fake("shsa_train_backward", _fake_train_backward)
+    fake("fold", _fake_fold)
 
-    def shsa(x, x1, *rest):
-        return operator("shsa_forward")(x, *rest)
-
-    def moments(*arguments):
-        return operator("partial_moments_forward")(*arguments)
-
-    _library.impl(named("shsa"), shsa, "CompositeExplicitAutograd")
-    _library.impl(named("partial_moments"), moments, "CompositeExplicitAutograd")
+    def gradients(name, needs, *arguments):
+        results = operator(name)(*arguments, list(needs))
+        return tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
     def shsa_setup(ctx, inputs, output):
-        x, x1, norm_weight, norm_bias, qkv_weight, qkv_bias, *ctx.settings = inputs
-        if x1 is None:
-            x1 = x[:, : qkv_weight.shape[1]].contiguous(memory_format=memory_format(x))
+        x, *parameters = inputs[:5]
+        ctx.settings = inputs[5:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x1, *output, norm_weight, norm_bias, qkv_weight, qkv_bias)
+        x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
+        ctx.save_for_backward(x1, *output, *parameters)
 
     def shsa_backward(ctx, dy, *_):
-        nothing = (None,) * len(ctx.settings)
         if dy is None:
-            return None, None, None, None, None, None, *nothing
+            return (None,) * (5 + len(ctx.settings))
         x1, y, *rest = ctx.saved_tensors
-        needs_x, _, *needs_parameters = ctx.needs_input_grad[:6]
-        needs = [needs_x, *needs_parameters]
         dy = dy.contiguous(memory_format=memory_format(y))
-        grads = operator("shsa_backward")(dy, x1, y, *rest, *ctx.settings, needs)
-        dx, *dparameters = (g if need else None for g, need in zip(grads, needs, strict=True))
-        return dx, None, *dparameters, *nothing
+        needs = ctx.needs_input_grad[:5]
+        return *gradients("shsa_backward", needs, dy, x1, y, *rest, *ctx.settings), *(None,) * len(ctx.settings)
+
+    def train_setup(ctx, inputs, output):
+        ctx.settings = inputs[6:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[1:6])
+
+    def train_backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * (6 + len(ctx.settings))
+        y, *rest = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=memory_format(y))
+        needs = ctx.needs_input_grad[:6]
+        return *gradients("shsa_train_backward", needs, dy, y, *rest, *ctx.settings), *(None,) * len(ctx.settings)
 
     def moments_setup(ctx, inputs, output):
         x, norm_weight, norm_bias, pdim, _ = inputs
@@ -167,29 +196,30 @@ def _define(family: str) -> None:
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
 
     def moments_backward(ctx, dmean, dcov, *_):
-        x1, mean, *rest = ctx.saved_tensors
         if dmean is None and dcov is None:
             return (None,) * 5
+        x1, mean, *rest = ctx.saved_tensors
         P = mean.shape[0]
         dmean = mean.new_zeros(P) if dmean is None else dmean.contiguous()
         dcov = mean.new_zeros(P, P) if dcov is None else dcov.contiguous()
-        needs = list(ctx.needs_input_grad[:3])
-        grads = operator("partial_moments_backward")(dmean, dcov, x1, mean, *rest, ctx.channels, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        needs = ctx.needs_input_grad[:3]
+        return *gradients("partial_moments_backward", needs, dmean, dcov, x1, mean, *rest, ctx.channels), None, None
 
     def refuse(function):
         def second_derivative(ctx, *_):
             raise RuntimeError(
-                f"shvit_kernels.{function} is differentiable once with this backend; "
-                "for second derivatives run the forward with backend='eager' or use_backend('eager')"
+                f"{function} is differentiable once with this backend; "
+                "for second derivatives run the forward under shvit_kernels.use_backend('eager')"
             )
 
         return second_derivative
 
     autograd("shsa", shsa_backward, shsa_setup)
     autograd("partial_moments", moments_backward, moments_setup)
-    autograd("shsa_backward", refuse("shsa"))
-    autograd("partial_moments_backward", refuse("partial_moments"))
+    autograd("shsa_train", train_backward, train_setup)
+    autograd("shsa_backward", refuse("shvit_kernels.shsa"))
+    autograd("partial_moments_backward", refuse("shvit_kernels.partial_moments"))
+    autograd("shsa_train_backward", refuse("shvit_kernels.SHSA"))
 
 
 for _family in FAMILIES:

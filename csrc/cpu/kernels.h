@@ -49,14 +49,34 @@ struct MomentsForwardParams {
   double norm_eps;
   const void *x, *norm_weight, *norm_bias;
   void *mean, *cov, *image_mean, *image_rstd;  // [P], [P, P], [B], [B]
+  void* x1;                                    // a copy of the first P channels, or null
   void* workspace;
 };
 
 struct MomentsBackwardParams {
   Sizes sizes;  // D is 0
   bool channels_last;
+  bool accumulate;  // add to the gradients instead of writing them
   const void *dmean, *dcov, *x1, *mean, *image_mean, *image_rstd, *norm_weight, *norm_bias;
   void *dx, *dnorm_weight, *dnorm_bias;  // null where not needed
+  void* workspace;
+};
+
+struct FoldForwardParams {
+  int64_t O, P;
+  double eps;
+  const void *weight, *bias, *bn_weight, *bn_bias;  // [O, P], [O], [O], [O]; null if absent
+  const void *z_mean, *z_cov;                       // batch statistics from these, or null
+  void *mean, *variance;                            // [O]: written with batch statistics, read without
+  void *qkv_weight, *qkv_bias;
+  void* workspace;
+};
+
+struct FoldBackwardParams {
+  int64_t O, P;
+  double eps;
+  const void *dqkv_weight, *dqkv_bias, *weight, *bn_weight, *z_mean, *z_cov, *mean, *variance;
+  void *dweight, *dbn_weight, *dbn_bias, *dz_mean, *dz_cov;  // the first three null where not needed
   void* workspace;
 };
 
@@ -71,6 +91,8 @@ struct Kernels {
   Kernel<ShsaBackwardParams> shsa_backward;
   Kernel<MomentsForwardParams> moments_forward;
   Kernel<MomentsBackwardParams> moments_backward;
+  Kernel<FoldForwardParams> fold_forward;
+  Kernel<FoldBackwardParams> fold_backward;
 };
 
 // The kernels compiled for one instruction set, for each storage type.

@@ -48,10 +48,12 @@ SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, in
   }
 }
 
-// total[i] = sum over parts of partial[part][i], in order.
+// total[i] = (accumulate ? total[i] : 0) + sum over parts of partial[part][i], in order.
 template <class T>
-SHVIT_INLINE void add_parts(const T* partial, int64_t parts, int64_t stride, int64_t count, T* total) {
-  for (int64_t i = 0; i < count; ++i) total[i] = 0;
+SHVIT_INLINE void add_parts(const T* partial, int64_t parts, int64_t stride, int64_t count, T* total,
+                            bool accumulate = false) {
+  if (!accumulate)
+    for (int64_t i = 0; i < count; ++i) total[i] = 0;
   for (int64_t part = 0; part < parts; ++part)
     for (int64_t i = 0; i < count; ++i) total[i] += partial[part * stride + i];
 }

@@ -288,6 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std
                               cov.mutable_data_ptr(),
                               image_mean.mutable_data_ptr(),
                               image_rstd.mutable_data_ptr(),
+                              nullptr,
                               nullptr};
   run(kernels_for(x.scalar_type()).moments_forward, params);
   return {mean, cov, image_mean, image_rstd};
@@ -307,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
   const Parameter weight(norm_weight, type), bias(norm_bias, type);
   MomentsBackwardParams params{s,
                                channels_last,
+                               false,
                                dmean.const_data_ptr(),
                                dcov.const_data_ptr(),
                                x1.const_data_ptr(),
@@ -323,9 +325,210 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
   return {dx, dweight.result(), dbias.result()};
 }
 
+std::tuple<Tensor, Tensor> fold(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> bn_weight,
+                                std::optional<Tensor> bn_bias, Tensor mean, Tensor variance, double eps) {
+  const ScalarType type = compute_type(weight.scalar_type());
+  const int64_t O = weight.size(0), P = weight.size(1);
+  Tensor qkv_weight = torch::stable::new_empty(weight, {O, P}, type);
+  Tensor qkv_bias = torch::stable::new_empty(weight, {O}, type);
+  const Parameter w(weight, type), b(bias, type), gamma(bn_weight, type), beta(bn_bias, type), m(mean, type),
+      v(variance, type);
+  FoldForwardParams params{O,
+                           P,
+                           eps,
+                           w.data(),
+                           b.data(),
+                           gamma.data(),
+                           beta.data(),
+                           nullptr,
+                           nullptr,
+                           const_cast<void*>(m.data()),
+                           const_cast<void*>(v.data()),
+                           qkv_weight.mutable_data_ptr(),
+                           qkv_bias.mutable_data_ptr(),
+                           nullptr};
+  run(kernels_for(type).fold_forward, params);
+  return {torch::stable::to(qkv_weight, weight.scalar_type()), torch::stable::to(qkv_bias, weight.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train(
+    Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
+    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps, double bn_eps,
+    double scale, bool relu, bool, bool) {
+  const ScalarType type = compute_type(x.scalar_type());
+  const bool channels_last = is_channels_last(x);
+  const Sizes s = sizes_of(x, weight.size(1), qk_dim);
+  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
+    return torch::stable::new_empty(x, size, type);
+  };
+  Tensor y = empty_image(x, s.C, channels_last), x1 = empty_image(x, s.P, channels_last);
+  Tensor mean = fresh({s.B}), rstd = fresh({s.B}), row_max = fresh({s.B, s.N}), row_sum = fresh({s.B, s.N});
+  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), batch_mean = fresh({s.O()}), batch_var = fresh({s.O()});
+  Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
+  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), w(weight, type), gamma(bn_weight, type),
+      beta(bn_bias, type);
+  const Kernels& kernels = kernels_for(x.scalar_type());
+
+  MomentsForwardParams moments{s,
+                               channels_last,
+                               norm_eps,
+                               x.const_data_ptr(),
+                               weight_n.data(),
+                               bias_n.data(),
+                               z_mean.mutable_data_ptr(),
+                               z_cov.mutable_data_ptr(),
+                               mean.mutable_data_ptr(),
+                               rstd.mutable_data_ptr(),
+                               x1.mutable_data_ptr(),
+                               nullptr};
+  run(kernels.moments_forward, moments);
+  FoldForwardParams fold{s.O(),
+                         s.P,
+                         bn_eps,
+                         w.data(),
+                         nullptr,
+                         gamma.data(),
+                         beta.data(),
+                         z_mean.const_data_ptr(),
+                         z_cov.const_data_ptr(),
+                         batch_mean.mutable_data_ptr(),
+                         batch_var.mutable_data_ptr(),
+                         qkv_weight.mutable_data_ptr(),
+                         qkv_bias.mutable_data_ptr(),
+                         nullptr};
+  run(kernels.fold_forward, fold);
+  ShsaForwardParams shsa{s,
+                         channels_last,
+                         relu,
+                         norm_eps,
+                         scale,
+                         x.const_data_ptr(),
+                         weight_n.data(),
+                         bias_n.data(),
+                         qkv_weight.const_data_ptr(),
+                         qkv_bias.const_data_ptr(),
+                         y.mutable_data_ptr(),
+                         mean.mutable_data_ptr(),
+                         rstd.mutable_data_ptr(),
+                         row_max.mutable_data_ptr(),
+                         row_sum.mutable_data_ptr(),
+                         nullptr};
+  run(kernels.shsa_forward, shsa);
+  return {y, x1, mean, rstd, row_max, row_sum, z_mean, z_cov, batch_mean, batch_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
+    Tensor dy, Tensor y, Tensor x1, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum, Tensor z_mean,
+    Tensor z_cov, Tensor batch_mean, Tensor batch_var, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+    int64_t qk_dim, double, double bn_eps, double scale, bool relu, bool, bool, std::vector<bool> needs) {
+  const ScalarType type = compute_type(y.scalar_type());
+  const bool channels_last = is_channels_last(y);
+  STD_TORCH_CHECK(is_channels_last(dy) == channels_last, "dy must have the memory format of y");
+  const Sizes s = sizes_of(y, weight.size(1), qk_dim);
+  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
+    return torch::stable::new_empty(y, size, type);
+  };
+  Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
+  const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
+      dweight(weight, needs[3], y, type), dbn_weight(bn_weight, needs[4], y, type),
+      dbn_bias(bn_bias, needs[5], y, type);
+  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), w(weight, type), gamma(bn_weight, type),
+      beta(bn_bias, type);
+  Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
+  Tensor dqkv_weight = fresh({s.O(), s.P}), dqkv_bias = fresh({s.O()});
+  Tensor dz_mean = fresh({s.P}), dz_cov = fresh({s.P, s.P});
+  const Kernels& kernels = kernels_for(y.scalar_type());
+
+  FoldForwardParams fold{s.O(),
+                         s.P,
+                         bn_eps,
+                         w.data(),
+                         nullptr,
+                         gamma.data(),
+                         beta.data(),
+                         nullptr,
+                         nullptr,
+                         batch_mean.mutable_data_ptr(),
+                         batch_var.mutable_data_ptr(),
+                         qkv_weight.mutable_data_ptr(),
+                         qkv_bias.mutable_data_ptr(),
+                         nullptr};
+  run(kernels.fold_forward, fold);
+  void* dx_data = needs[0] ? dx.mutable_data_ptr() : nullptr;
+  ShsaBackwardParams shsa{s,
+                          channels_last,
+                          is_channels_last(x1),
+                          relu,
+                          scale,
+                          dy.const_data_ptr(),
+                          x1.const_data_ptr(),
+                          y.const_data_ptr(),
+                          mean.const_data_ptr(),
+                          rstd.const_data_ptr(),
+                          row_max.const_data_ptr(),
+                          row_sum.const_data_ptr(),
+                          weight_n.data(),
+                          bias_n.data(),
+                          qkv_weight.const_data_ptr(),
+                          qkv_bias.const_data_ptr(),
+                          dx_data,
+                          dnorm_weight.data(),
+                          dnorm_bias.data(),
+                          dqkv_weight.mutable_data_ptr(),
+                          dqkv_bias.mutable_data_ptr(),
+                          nullptr};
+  run(kernels.shsa_backward, shsa);
+  FoldBackwardParams fold_backward{s.O(),
+                                   s.P,
+                                   bn_eps,
+                                   dqkv_weight.const_data_ptr(),
+                                   dqkv_bias.const_data_ptr(),
+                                   w.data(),
+                                   gamma.data(),
+                                   z_mean.const_data_ptr(),
+                                   z_cov.const_data_ptr(),
+                                   batch_mean.const_data_ptr(),
+                                   batch_var.const_data_ptr(),
+                                   dweight.data(),
+                                   dbn_weight.data(),
+                                   dbn_bias.data(),
+                                   dz_mean.mutable_data_ptr(),
+                                   dz_cov.mutable_data_ptr(),
+                                   nullptr};
+  run(kernels.fold_backward, fold_backward);
+  MomentsBackwardParams moments{s,
+                                channels_last,
+                                true,
+                                dz_mean.const_data_ptr(),
+                                dz_cov.const_data_ptr(),
+                                x1.const_data_ptr(),
+                                z_mean.const_data_ptr(),
+                                mean.const_data_ptr(),
+                                rstd.const_data_ptr(),
+                                weight_n.data(),
+                                bias_n.data(),
+                                dx_data,
+                                dnorm_weight.data(),
+                                dnorm_bias.data(),
+                                nullptr};
+  if (needs[0] || needs[1] || needs[2]) run(kernels.moments_backward, moments);
+  return {dx,
+          dnorm_weight.result(),
+          dnorm_bias.result(),
+          dweight.result(),
+          dbn_weight.result(),
+          dbn_bias.result()};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
+  m.impl("shsa_native", TORCH_BOX(&shsa_forward));
+  m.impl("partial_moments_native", TORCH_BOX(&partial_moments_forward));
+  m.impl("shsa_train_native", TORCH_BOX(&shsa_train));
+  m.impl("shsa_train_backward_native", TORCH_BOX(&shsa_train_backward));
+  m.impl("fold_native", TORCH_BOX(&fold));
   m.impl("shsa_forward_native", TORCH_BOX(&shsa_forward));
   m.impl("shsa_backward_native", TORCH_BOX(&shsa_backward));
   m.impl("partial_moments_forward_native", TORCH_BOX(&partial_moments_forward));

@@ -2,6 +2,7 @@
 // nothing of the standard library is compiled for more than the baseline. All names here have internal linkage.
 #pragma once
 
+#include "fold.h"
 #include "moments.h"
 #include "shsa_backward.h"
 #include "shsa_forward.h"
@@ -16,7 +17,7 @@ constexpr shvit::Kernel<typename K::Params> kernel() {
 template <class S, int VB>
 constexpr shvit::Kernels kernels() {
   return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
-          kernel<MomentsBackward<S, VB>>()};
+          kernel<MomentsBackward<S, VB>>(), kernel<FoldForward<S, VB>>(), kernel<FoldBackward<S, VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.

@@ -21,7 +21,6 @@ def _as(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def shsa(
     x: Tensor,
-    x1: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     qkv_weight: Tensor,
@@ -33,7 +32,7 @@ def shsa(
     tf32_proj: bool,
     tf32_attn: bool,
 ) -> Tensor:
-    """Design section 2, line by line. ``x1`` and the TF32 flags only matter to kernels."""
+    """Design section 2, line by line. The TF32 flags only matter to kernels: PyTorch reads its own settings."""
     with torch.autocast(x.device.type, enabled=False):
         norm_weight, norm_bias, qkv_weight, qkv_bias = _as(x.dtype, norm_weight, norm_bias, qkv_weight, qkv_bias)
         B, C, H, W = x.shape
@@ -63,3 +62,50 @@ def partial_moments(
         mean = z.sum(dim=1) / count
         centred = z - mean[:, None]
         return mean, centred @ centred.t() / count
+
+
+def batch_statistics(weight: Tensor, z_mean: Tensor, z_cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of ``weight @ z`` per row, from the moments of z."""
+    return weight @ z_mean, ((weight @ z_cov) * weight).sum(dim=1).clamp_min(0)
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A projection and the batch normalisation behind it as one projection, in at least float32 (design section 3)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = weight.dtype
+    weight, bias, bn_weight, bn_bias, mean, variance = _as(wide, weight, bias, bn_weight, bn_bias, mean, variance)
+    factor = (variance + eps).rsqrt()
+    if bn_weight is not None:
+        factor = factor * bn_weight
+    offset = -mean if bias is None else bias - mean
+    folded_bias = offset * factor if bn_bias is None else offset * factor + bn_bias
+    return (factor[:, None] * weight).to(dtype), folded_bias.to(dtype)
+
+
+def shsa_train(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    bn_eps: float,
+    *settings: float | bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``shsa`` with the projection batch-normalised by its own statistics: y, and the projection's mean, variance."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    z_mean, z_cov = partial_moments(x, norm_weight, norm_bias, weight.shape[1], norm_eps)
+    mean, variance = batch_statistics(wide, z_mean, z_cov)
+    qkv_weight, qkv_bias = fold(wide, None, bn_weight, bn_bias, mean, variance, bn_eps)
+    y = shsa(x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, *settings)
+    return y, mean, variance

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from . import eager
 
 name = "cpu"
 
@@ -56,21 +57,29 @@ def _tracks_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_shsa_forward = torch.ops.shvit_kernels.shsa_forward_native.default
-_shsa = torch.ops.shvit_kernels.shsa_native.default
-_moments_forward = torch.ops.shvit_kernels.partial_moments_forward_native.default
-_moments = torch.ops.shvit_kernels.partial_moments_native.default
+_ops = torch.ops.shvit_kernels
 
 
-def shsa(x: Tensor, x1: Tensor | None, *rest) -> Tensor:
+def shsa(x: Tensor, *rest) -> Tensor:
     x = ops.readable(x)
-    if _tracks_gradients(x, *rest[:4]):
-        return _shsa(x, x1, *rest)[0]
-    return _shsa_forward(x, *rest)[0]
+    function = _ops.shsa_native if _tracks_gradients(x, *rest[:4]) else _ops.shsa_forward_native
+    return function.default(x, *rest)[0]
 
 
 def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     x = ops.readable(x)
-    function = _moments if _tracks_gradients(x, *rest[:2]) else _moments_forward
-    mean, cov, *_ = function(x, *rest)
+    tracks = _tracks_gradients(x, *rest[:2])
+    function = _ops.partial_moments_native if tracks else _ops.partial_moments_forward_native
+    mean, cov, *_ = function.default(x, *rest)
     return mean, cov
+
+
+def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    y, *_, mean, variance = _ops.shsa_train_native.default(ops.readable(x), *rest)
+    return y, mean, variance
+
+
+def fold(*arguments) -> tuple[Tensor, Tensor]:
+    if _tracks_gradients(*arguments[:6]):
+        return eager.fold(*arguments)
+    return _ops.fold_native.default(*arguments)
