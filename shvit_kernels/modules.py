@@ -4,7 +4,6 @@ Parameter names are those of timm and of the official repository.
 """
 
 from collections.abc import Callable
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -66,19 +65,25 @@ class Conv2dNorm(nn.Sequential):
         return fused.train(self.training)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs its ``forward`` and nothing else, on parameters that are just parameters."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "parametrizations" in module._modules
     )
 
 
 def _is_group_norm1(module: nn.Module) -> bool:
     """One-group normalisation as PyTorch computes it; timm's GroupNorm1 overrides ``forward`` with the same maths."""
-    if not isinstance(module, nn.GroupNorm) or module.num_groups != 1 or module.weight is None:
-        return False
     cls = type(module)
-    is_timm = cls.__name__ == "GroupNorm1" and cls.__module__.startswith("timm.layers")
-    return (cls.forward is nn.GroupNorm.forward or is_timm) and not _has_hooks(module)
+    if cls is not GroupNorm1:
+        is_timm = cls.__name__ == "GroupNorm1" and cls.__module__.startswith("timm.layers")
+        if not (isinstance(module, nn.GroupNorm) and (is_timm or cls.forward is nn.GroupNorm.forward)):
+            return False
+    return module.num_groups == 1 and module.affine and _is_plain(module)
 
 
 def _is_pointwise(module: nn.Module) -> bool:
@@ -88,25 +93,19 @@ def _is_pointwise(module: nn.Module) -> bool:
         and module.stride == (1, 1)
         and module.padding in ((0, 0), "valid", "same")
         and module.groups == 1
-        and not _has_hooks(module)
+        and _is_plain(module)
     )
 
 
 def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | None:
     """A plain 1x1 convolution and its batch normalisation (None when fused), or None for anything else."""
-    if _is_pointwise(module):
-        return module, None
-    if (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and list(module._modules) == ["c", "bn"]
-        and _is_pointwise(module.c)
-        and type(module.bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and not _has_hooks(module)
-        and not _has_hooks(module.bn)
-    ):
-        return module.c, module.bn
-    return None
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and _is_plain(module):
+        if tuple(module._modules) != ("c", "bn"):
+            return None
+        conv, bn = module._modules.values()
+        plain_norm = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and _is_plain(bn)
+        return (conv, bn) if plain_norm and _is_pointwise(conv) else None
+    return (module, None) if _is_pointwise(module) else None
 
 
 def _merges_ranks(bn: nn.Module) -> bool:
@@ -131,7 +130,6 @@ def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[
     return total, merged.to(mean.dtype), merged_cov.to(cov.dtype)
 
 
-@torch.no_grad()
 def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor) -> None:
     """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does (unbiased variance, same error)."""
     if count == 1:
@@ -139,9 +137,10 @@ def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, v
     if not (bn.training and bn.track_running_stats) or count == 0:
         return
     factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
-    unbiased = variance * (count / (count - 1))
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), factor)
-    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), factor)
+    running_mean, running_var = bn.running_mean, bn.running_var
+    unbiased = variance.detach() * (count / (count - 1))
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), factor)
+    running_var.lerp_(unbiased.to(running_var.dtype), factor)
 
 
 class SHSA(nn.Module):
@@ -207,11 +206,13 @@ class SHSA(nn.Module):
         if projection is None:
             return self.proj(self._composite(x))
         proj = self.proj
-        if type(proj) is nn.Sequential and type(proj[0]) is nn.ReLU and not (_has_hooks(proj) or _has_hooks(proj[0])):
-            y = self._attend(x, *projection, relu=True)
-            for module in islice(proj, 1, None):
-                y = module(y)
-            return y
+        if type(proj) is nn.Sequential and _is_plain(proj):
+            act, *rest = proj._modules.values()
+            if type(act) is nn.ReLU and _is_plain(act):
+                y = self._attend(x, *projection, relu=True)
+                for module in rest:
+                    y = module(y)
+                return y
         return proj(self._attend(x, *projection, relu=False))
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -223,9 +224,8 @@ class SHSA(nn.Module):
         if projection is None:
             return None
         weight = projection[0].weight
-        if weight.device != x.device:
-            return None
-        if norm.weight.dtype == weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        same_dtype = norm.weight.dtype == weight.dtype == x.dtype
+        if weight.device == x.device and (same_dtype or functional.is_autocast(x)):
             return projection
         return None
 

@@ -2,22 +2,18 @@
 
 A *family* is a set of kernels with one schema: ``native`` (C++, CPU). For a family X there are
 
-    shsa_forward_X                attention over the first P channels; no Python runs below it
-    shsa_X                        the same with autograd, through shsa_backward_X
-    partial_moments_forward_X     moments of the normalised first P channels; likewise
-    partial_moments_X             the same with autograd, through partial_moments_backward_X
-    shsa_train_X                  moments, fold of the batch normalisation and attention, with autograd, through
-                                  shsa_train_backward_X
-    fold_X                        a projection and the batch normalisation behind it as one projection
+    shsa_forward_X, shsa_backward_X                         attention over the first P channels
+    partial_moments_forward_X, partial_moments_backward_X   moments of the normalised first P channels
+    shsa_train_forward_X, shsa_train_backward_X             moments, fold of the batch normalisation, attention
+    fold_X                                                  a projection and its batch normalisation as one projection
 
-They are private: validation and the choice of a family happen in ``functional``. Kernels take ``x`` and ``x1``
-NCHW-contiguous or channels_last and keep that format; gradients that were not asked for come back with size [0].
+No Python runs below them. They are private: validation and the choice of a family happen in ``functional``; autograd
+is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
+keep that format; gradients that were not asked for come back with size [0].
 """
 
 import torch
 from torch import Tensor
-
-FAMILIES = ("native",)
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
 _QKV = "Tensor qkv_weight, Tensor? qkv_bias"
@@ -32,14 +28,12 @@ _TRAIN_SAVED = f"Tensor x1, {_SHSA_SAVED}, Tensor z_mean, Tensor z_cov, Tensor b
 
 _SCHEMAS = (
     f"shsa_forward_X(Tensor x, {_SHSA}) -> (Tensor y, {_SHSA_SAVED})",
-    f"shsa_X(Tensor x, {_SHSA}) -> (Tensor y, {_SHSA_SAVED})",
     f"shsa_backward_X(Tensor dy, Tensor x1, Tensor y, {_SHSA_SAVED}, {_SHSA}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"partial_moments_forward_X({_MOMENTS}) -> {_MOMENTS_RESULTS}",
-    f"partial_moments_X({_MOMENTS}) -> {_MOMENTS_RESULTS}",
     "partial_moments_backward_X(Tensor dmean, Tensor dcov, Tensor x1, Tensor mean, Tensor image_mean, "
     f"Tensor image_rstd, {_NORM}, int channels, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    f"shsa_train_X(Tensor x, {_TRAIN}) -> (Tensor y, {_TRAIN_SAVED})",
+    f"shsa_train_forward_X(Tensor x, {_TRAIN}) -> (Tensor y, {_TRAIN_SAVED})",
     f"shsa_train_backward_X(Tensor dy, Tensor y, {_TRAIN_SAVED}, {_TRAIN}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fold_X(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor variance, float eps)"
@@ -74,7 +68,7 @@ def _empty_image(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(B, channels, H, W).contiguous(memory_format=memory_format(like))
 
 
-def _gradients(needs: list[bool], like: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+def _fake_gradients(needs: list[bool], like: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
     """Fake gradients: the shape and type of the parameter where asked for, empty otherwise."""
     return tuple(
         (like if t is None else t).new_empty(t.shape if need and t is not None else (0,))
@@ -92,7 +86,7 @@ def _fake_shsa(x, norm_weight, norm_bias, qkv_weight, *settings):
 def _fake_shsa_backward(dy, x1, y, mean, rstd, row_max, row_sum, nw, nb, qkv_weight, qkv_bias, *settings_and_needs):
     needs = settings_and_needs[-1]
     dx = _empty_image(y, y.shape[1]) if needs[0] else y.new_empty(0)
-    return dx, *_gradients(needs[1:], y, nw, nb, qkv_weight, qkv_bias)
+    return dx, *_fake_gradients(needs[1:], y, nw, nb, qkv_weight, qkv_bias)
 
 
 def _fake_moments(x, norm_weight, norm_bias, pdim, norm_eps):
@@ -103,7 +97,7 @@ def _fake_moments(x, norm_weight, norm_bias, pdim, norm_eps):
 
 def _fake_moments_backward(dmean, dcov, x1, mean, image_mean, image_rstd, norm_weight, norm_bias, channels, needs):
     dx = _empty_image(x1, channels) if needs[0] else x1.new_empty(0)
-    return dx, *_gradients(needs[1:], x1, norm_weight, norm_bias)
+    return dx, *_fake_gradients(needs[1:], x1, norm_weight, norm_bias)
 
 
 def _fake_train(x, norm_weight, norm_bias, weight, *settings):
@@ -118,109 +112,127 @@ def _fake_train_backward(dy, y, *rest):
     norm_weight, norm_bias, weight, bn_weight, bn_bias = rest[9:14]
     needs = rest[-1]
     dx = _empty_image(y, y.shape[1]) if needs[0] else y.new_empty(0)
-    return dx, *_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
+    return dx, *_fake_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
 
 
 def _fake_fold(weight, *rest):
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-def _define(family: str) -> None:
-    """Declare a family's operators and give them their fake kernels and derivatives."""
+_FAKES = {
+    "shsa_forward": _fake_shsa,
+    "shsa_backward": _fake_shsa_backward,
+    "partial_moments_forward": _fake_moments,
+    "partial_moments_backward": _fake_moments_backward,
+    "shsa_train_forward": _fake_train,
+    "shsa_train_backward": _fake_train_backward,
+    "fold": _fake_fold,
+}
 
-    def operator(name):
-        return getattr(torch.ops.shvit_kernels, f"{name}_{family}").default
 
-    def fake(name, function):
-        torch.library.register_fake(f"shvit_kernels::{name}_{family}", function, lib=_library)
+FAMILIES: dict[str, dict[str, torch._ops.OpOverload]] = {}
+"""The operators of each family by name, without the family's suffix."""
 
-    def autograd(name, backward, setup_context=None):
-        torch.library.register_autograd(
-            f"shvit_kernels::{name}_{family}", backward, setup_context=setup_context, lib=_library
+for _family in ("native",):
+    FAMILIES[_family] = {}
+    for _schema in _SCHEMAS:
+        _library.define(_schema.replace("_X(", f"_{_family}("))
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"shvit_kernels::{_name}_{_family}", _fake, lib=_library)
+        FAMILIES[_family][_name] = getattr(torch.ops.shvit_kernels, f"{_name}_{_family}").default
+
+
+class _Once(torch.autograd.Function):
+    """Passes first derivatives on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, function: str, *gradients: Tensor | None):
+        ctx.function = function
+        return tuple(g if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.function} is differentiable once with this backend; for second derivatives run the forward "
+            "under shvit_kernels.use_backend('eager')"
         )
 
-    for schema in _SCHEMAS:
-        _library.define(schema.replace("_X(", f"_{family}("))
 
-    fake("shsa_forward", _fake_shsa)
-    fake("shsa", _fake_shsa)
-    fake("shsa_backward", _fake_shsa_backward)
-    fake("partial_moments_forward", _fake_moments)
-    fake("partial_moments", _fake_moments)
-    fake("partial_moments_backward", _fake_moments_backward)
-    fake("shsa_train", _fake_train)
-    fake("shsa_train_backward", _fake_train_backward)
-    fake("fold", _fake_fold)
+def _gradients(ctx, function: str, family: str, *arguments):
+    """Run a backward operator; None for gradients that are not needed. The inputs start with the family's name."""
+    needs = ctx.needs_input_grad[1 : 1 + ctx.tensors]
+    results = FAMILIES[family][f"{function}_backward"](*arguments, list(needs))
+    results = tuple(g if need else None for g, need in zip(results, needs, strict=True))
+    if torch.is_grad_enabled():
+        results = _Once.apply(f"shvit_kernels.{function}", *results)
+    return None, *results, *(None,) * (len(ctx.needs_input_grad) - 1 - ctx.tensors)
 
-    def gradients(name, needs, *arguments):
-        results = operator(name)(*arguments, list(needs))
-        return tuple(g if need else None for g, need in zip(results, needs, strict=True))
 
-    def shsa_setup(ctx, inputs, output):
-        x, *parameters = inputs[:5]
-        ctx.settings = inputs[5:]
+class Shsa(torch.autograd.Function):
+    """``apply(family, x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)``: the results of shsa_forward."""
+
+    @staticmethod
+    def forward(family, *arguments):
+        return FAMILIES[family]["shsa_forward"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.family, x, *parameters = inputs[:6]
+        ctx.tensors, ctx.settings = 5, inputs[6:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, *output, *parameters)
 
-    def shsa_backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * (5 + len(ctx.settings))
+    @staticmethod
+    def backward(ctx, dy, *_):
         x1, y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
-        needs = ctx.needs_input_grad[:5]
-        return *gradients("shsa_backward", needs, dy, x1, y, *rest, *ctx.settings), *(None,) * len(ctx.settings)
+        return _gradients(ctx, "shsa", ctx.family, dy, x1, y, *rest, *ctx.settings)
 
-    def train_setup(ctx, inputs, output):
-        ctx.settings = inputs[6:]
+
+class ShsaTrain(torch.autograd.Function):
+    """``apply(family, x, norm_weight, norm_bias, weight, bn_weight, bn_bias, *settings)``: of shsa_train_forward."""
+
+    @staticmethod
+    def forward(family, *arguments):
+        return FAMILIES[family]["shsa_train_forward"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.family, ctx.tensors, ctx.settings = inputs[0], 6, inputs[7:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[1:6])
+        ctx.save_for_backward(*output, *inputs[2:7])
 
-    def train_backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * (6 + len(ctx.settings))
+    @staticmethod
+    def backward(ctx, dy, *_):
         y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
-        needs = ctx.needs_input_grad[:6]
-        return *gradients("shsa_train_backward", needs, dy, y, *rest, *ctx.settings), *(None,) * len(ctx.settings)
+        return _gradients(ctx, "shsa_train", ctx.family, dy, y, *rest, *ctx.settings)
 
-    def moments_setup(ctx, inputs, output):
-        x, norm_weight, norm_bias, pdim, _ = inputs
+
+class PartialMoments(torch.autograd.Function):
+    """``apply(family, x, norm_weight, norm_bias, pdim, norm_eps)``: the results of partial_moments_forward."""
+
+    @staticmethod
+    def forward(family, *arguments):
+        return FAMILIES[family]["partial_moments_forward"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.family, x, norm_weight, norm_bias, pdim, _ = inputs
         mean, _, image_mean, image_rstd = output
-        ctx.channels = x.shape[1]
+        ctx.tensors, ctx.channels = 3, x.shape[1]
         ctx.mark_non_differentiable(image_mean, image_rstd)
         ctx.set_materialize_grads(False)
         x1 = x[:, :pdim].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
 
-    def moments_backward(ctx, dmean, dcov, *_):
-        if dmean is None and dcov is None:
-            return (None,) * 5
+    @staticmethod
+    def backward(ctx, dmean, dcov, *_):
         x1, mean, *rest = ctx.saved_tensors
         P = mean.shape[0]
         dmean = mean.new_zeros(P) if dmean is None else dmean.contiguous()
         dcov = mean.new_zeros(P, P) if dcov is None else dcov.contiguous()
-        needs = ctx.needs_input_grad[:3]
-        return *gradients("partial_moments_backward", needs, dmean, dcov, x1, mean, *rest, ctx.channels), None, None
-
-    def refuse(function):
-        def second_derivative(ctx, *_):
-            raise RuntimeError(
-                f"{function} is differentiable once with this backend; "
-                "for second derivatives run the forward under shvit_kernels.use_backend('eager')"
-            )
-
-        return second_derivative
-
-    autograd("shsa", shsa_backward, shsa_setup)
-    autograd("partial_moments", moments_backward, moments_setup)
-    autograd("shsa_train", train_backward, train_setup)
-    autograd("shsa_backward", refuse("shvit_kernels.shsa"))
-    autograd("partial_moments_backward", refuse("shvit_kernels.partial_moments"))
-    autograd("shsa_train_backward", refuse("shvit_kernels.SHSA"))
-
-
-for _family in FAMILIES:
-    _define(_family)
+        return _gradients(ctx, "partial_moments", ctx.family, dmean, dcov, x1, mean, *rest, ctx.channels)

@@ -351,7 +351,7 @@ std::tuple<Tensor, Tensor> fold(Tensor weight, std::optional<Tensor> bias, std::
   return {torch::stable::to(qkv_weight, weight.scalar_type()), torch::stable::to(qkv_bias, weight.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_forward(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps, double bn_eps,
     double scale, bool relu, bool, bool) {
@@ -524,9 +524,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
-  m.impl("shsa_native", TORCH_BOX(&shsa_forward));
-  m.impl("partial_moments_native", TORCH_BOX(&partial_moments_forward));
-  m.impl("shsa_train_native", TORCH_BOX(&shsa_train));
+  m.impl("shsa_train_forward_native", TORCH_BOX(&shsa_train_forward));
   m.impl("shsa_train_backward_native", TORCH_BOX(&shsa_train_backward));
   m.impl("fold_native", TORCH_BOX(&fold));
   m.impl("shsa_forward_native", TORCH_BOX(&shsa_forward));

@@ -57,29 +57,35 @@ def _tracks_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_ops = torch.ops.shvit_kernels
+_native = ops.FAMILIES["native"]
+_shsa_forward, _moments_forward = _native["shsa_forward"], _native["partial_moments_forward"]
+_train_forward, _fold = _native["shsa_train_forward"], _native["fold"]
 
 
 def shsa(x: Tensor, *rest) -> Tensor:
     x = ops.readable(x)
-    function = _ops.shsa_native if _tracks_gradients(x, *rest[:4]) else _ops.shsa_forward_native
-    return function.default(x, *rest)[0]
+    if _tracks_gradients(x, *rest[:4]):
+        return ops.Shsa.apply("native", x, *rest)[0]
+    return _shsa_forward(x, *rest)[0]
 
 
 def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     x = ops.readable(x)
-    tracks = _tracks_gradients(x, *rest[:2])
-    function = _ops.partial_moments_native if tracks else _ops.partial_moments_forward_native
-    mean, cov, *_ = function.default(x, *rest)
-    return mean, cov
+    if _tracks_gradients(x, *rest[:2]):
+        return ops.PartialMoments.apply("native", x, *rest)[:2]
+    return _moments_forward(x, *rest)[:2]
 
 
 def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    y, *_, mean, variance = _ops.shsa_train_native.default(ops.readable(x), *rest)
+    x = ops.readable(x)
+    if _tracks_gradients(x, *rest[:5]):
+        y, *_, mean, variance = ops.ShsaTrain.apply("native", x, *rest)
+    else:
+        y, *_, mean, variance = _train_forward(x, *rest)
     return y, mean, variance
 
 
 def fold(*arguments) -> tuple[Tensor, Tensor]:
     if _tracks_gradients(*arguments[:6]):
         return eager.fold(*arguments)
-    return _ops.fold_native.default(*arguments)
+    return _fold(*arguments)
