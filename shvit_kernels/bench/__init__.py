@@ -63,8 +63,6 @@ def run(
     Returns:
         A dict that :mod:`json` can write: the machine, the settings, the measured peak and every figure.
     """
-    threads = torch.get_num_threads()
-    peak_of, peak_flops = peak(threads)
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _environment.cpu(),
@@ -72,15 +70,18 @@ def run(
         "instruction_set": _environment.instruction_set(),
         "versions": _environment.versions(),
         "backend": backends.choose(torch.empty(1, 1, 1, 1), None).name,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "peak": {"of": peak_of, "gflops": peak_flops / 1e9},
-        "cases": [],
     }
+    peaks, samples = [], []
     for case in cases:
         before_case(case)
+        peak_of, flops = peak(results["threads"])
+        peaks.append(flops)
         calls = {name: make() for name, make in case.contenders.items() if compile or name != COMPILE}
-        results["cases"].append(_summary(case, measure(calls, rounds, after_round), peak_flops))
+        samples.append(measure(calls, rounds, after_round))
+    results["peak"] = {"of": peak_of, "gflops": max(peaks) / 1e9}
+    results["cases"] = [_summary(*pair, max(peaks)) for pair in zip(cases, samples, strict=True)]
     results["kept_activations"] = [
         _kept(c) for c in cases if c.suite == "layer" and c.mode == TRAINING and c.shape[0] == max(BATCHES)
     ]
