@@ -15,7 +15,6 @@ import shvit_kernels
 from shvit_kernels import functional, ops
 from tests.support import native as native_tier
 from tests.support.cases import Case, moments_call, shsa_call
-from tests.support.numerics import assert_parity, expect
 
 pytestmark = native_tier.needs_native
 
@@ -49,10 +48,6 @@ def shsa_arguments(case: Case) -> tuple[Tensor, list[Tensor | None], tuple]:
     return inputs["x"], parameters, (case.D, EPS, SCALE, case.relu, False, False)
 
 
-def requiring(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
 def copy_of_x1(x: Tensor, P: int) -> Tensor:
     return x[:, :P].contiguous(memory_format=ops.memory_format(x))
 
@@ -63,10 +58,9 @@ def check(operator, *arguments) -> None:
 
 
 def test_every_operator_is_checked_below():
-    names = {"shsa_forward", "shsa", "shsa_backward", "partial_moments_forward", "partial_moments"}
-    names |= {"partial_moments_backward"}
-    defined = {schema.partition("_X(")[0] for schema in ops._SCHEMAS}
-    assert defined == names
+    checked = {"shsa_forward", "shsa_backward", "shsa_train_forward", "shsa_train_backward", "fold"}
+    checked |= {"partial_moments_forward", "partial_moments_backward"}
+    assert all(set(operators) == checked for operators in ops.FAMILIES.values())
 
 
 @with_options
@@ -83,20 +77,6 @@ def test_opcheck_of_shsa(dtype, layout, options):
 
 @with_options
 @each_layout
-@pytest.mark.parametrize("requires", ["x", "parameters", "all"])
-def test_opcheck_of_differentiable_shsa(layout, options, requires):
-    x, parameters, settings = shsa_arguments(small_case(layout=layout, **options))
-    x1 = copy_of_x1(x, 10)
-    if requires in ("x", "all"):
-        (x,) = requiring(x)
-    if requires in ("parameters", "all"):
-        parameters = requiring(*parameters)
-    check(OPERATORS.shsa_native.default, x, None, *parameters, *settings)
-    check(OPERATORS.shsa_native.default, x, x1, *parameters, *settings)
-
-
-@with_options
-@each_layout
 @each_dtype
 def test_opcheck_of_partial_moments(dtype, layout, options):
     x, (weight, bias, *_), _ = shsa_arguments(small_case(dtype=dtype, layout=layout, **options))
@@ -108,16 +88,33 @@ def test_opcheck_of_partial_moments(dtype, layout, options):
         check(backward, torch.randn_like(mean), torch.randn_like(cov), *saved, x.shape[1], needs)
 
 
+def train_arguments(case: Case) -> tuple[Tensor, list[Tensor | None], tuple]:
+    """Of ``shsa_train_forward``: the projection's bias becomes that of a batch normalisation."""
+    x, (norm_weight, norm_bias, weight, bias), settings = shsa_arguments(case)
+    bn_weight = None if bias is None else bias + 1
+    return x, [norm_weight, norm_bias, weight, bn_weight, bias], (case.D, EPS, EPS, *settings[2:])
+
+
 @with_options
 @each_layout
-@pytest.mark.parametrize("requires", ["x", "parameters", "all"])
-def test_opcheck_of_differentiable_partial_moments(layout, options, requires):
-    x, (weight, bias, *_), _ = shsa_arguments(small_case(layout=layout, **options))
-    if requires in ("x", "all"):
-        (x,) = requiring(x)
-    if requires in ("parameters", "all"):
-        weight, bias = requiring(weight, bias)
-    check(OPERATORS.partial_moments_native.default, x, weight, bias, 10, EPS)
+@each_dtype
+def test_opcheck_of_shsa_train(dtype, layout, options):
+    x, parameters, settings = train_arguments(small_case(dtype=dtype, layout=layout, **options))
+    check(OPERATORS.shsa_train_forward_native.default, x, *parameters, *settings)
+    y, *saved = OPERATORS.shsa_train_forward_native(x, *parameters, *settings)
+    for needs in ([True] * 6, [False, True, False, True, False, True]):
+        backward = OPERATORS.shsa_train_backward_native.default
+        check(backward, torch.randn_like(y), y, *saved, *parameters, *settings, needs)
+
+
+@each_dtype
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_opcheck_of_fold(bias, affine, dtype):
+    weight = torch.randn(16, 10, dtype=dtype)
+    bias, bn_weight, bn_bias, mean = (torch.randn(16, dtype=dtype) for _ in range(4))
+    bn_weight, bn_bias = (bn_weight, bn_bias) if affine else (None, None)
+    check(OPERATORS.fold_native.default, weight, bias, bn_weight, bn_bias, mean, torch.rand(16).to(dtype), EPS)
 
 
 @pytest.mark.parametrize("B, N", [(0, 16), (1, 1), (2, 257)])
@@ -183,13 +180,13 @@ def test_second_derivatives_of_kernels_are_refused():
         inputs = {k: t.detach().requires_grad_(k == name) for k, t in call.inputs.items()}
         y = functional.shsa(**inputs, qk_dim=3, relu=True, backend=BACKEND)
         (grad,) = torch.autograd.grad(y.square().sum(), inputs[name], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"shsa is differentiable once.*backend='eager'"):
+        with pytest.raises(RuntimeError, match=r"shsa is differentiable once.*eager"):
             grad.square().sum().backward()
     for name in ("x", "norm_weight"):
         inputs = {k: t.detach().requires_grad_(k == name) for k, t in moments_call(small_case()).inputs.items()}
         _, mean, cov = functional.partial_moments(**inputs, pdim=10, backend=BACKEND)
         (grad,) = torch.autograd.grad(mean.sum() + cov.sum(), inputs[name], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"partial_moments is differentiable once.*backend='eager'"):
+        with pytest.raises(RuntimeError, match=r"partial_moments is differentiable once.*eager"):
             grad.square().sum().backward()
 
 
@@ -470,20 +467,3 @@ def test_first_call_may_come_from_any_thread():
         assert len(results) == 4 and all(torch.equal(r, results[0]) for r in results)
         """
     )
-
-
-def test_copy_of_x1_may_be_handed_in():
-    """By a caller that has it; gradients are the same bits."""
-    call = shsa_call(small_case())
-    expected = expect(call)
-    x, parameters, settings = shsa_arguments(small_case())
-    settings = (3, EPS, 3**-0.5, *settings[3:])
-    leaves = requiring(x, *parameters)
-    grads = []
-    for x1 in (None, copy_of_x1(x, 10)):
-        y = OPERATORS.shsa_native(leaves[0], x1, *leaves[1:], *settings)[0]
-        grads.append(torch.autograd.grad(y, leaves, call.upstream["y"]))
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
-    names = ("dx", "dnorm_weight", "dnorm_bias", "dqkv_weight", "dqkv_bias")
-    assert_parity(dict(zip(names, grads[0], strict=True)), expected)

@@ -57,7 +57,6 @@ def check(case: Case) -> None:
     for results in (forward, trained):
         assert_parity(results, expected)
         assert torch.equal(results["cov"], results["cov"].t())
-    assert torch.equal(forward["mean"], trained["mean"]) and torch.equal(forward["cov"], trained["cov"])
 
 
 def by_name(cases: dict[str, Case]) -> list:
@@ -120,20 +119,14 @@ def test_fewer_tokens_than_channels(N, B):
     assert torch.linalg.eigvalsh(cov).min() >= -1e-5 * largest(cov)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("N", [49, 1050])
 @pytest.mark.parametrize("offset", [1e2, 1e4, -3e5])
 def test_large_offsets_do_not_cancel(offset, N, layout):
-    """Deviations of about 1 around a large mean: accurate to the rounding of x itself, as E[z^2] - mean^2 is not."""
-    generator = torch.Generator().manual_seed(0)
-    shift = offset * (1 + torch.rand(1, 12, 1, 1, generator=generator))  # every channel has its own
-    x = (torch.randn(3, 12, N, 1, generator=generator) + shift).contiguous(memory_format=layout)
-    mean, cov = moments(x, pdim=9)
-    z = x[:, :9].double().transpose(0, 1).flatten(1)
-    true_mean, true_cov = z.mean(1), torch.cov(z, correction=0)
-    assert largest(mean.double() - true_mean) <= 8 * 2.0**-24 * largest(z)
-    # An error e of the subtracted mean adds e^2, the products their own rounding.
-    assert largest(cov.double() - true_cov) <= (8 * 2.0**-24 * largest(z)) ** 2 + 64 * 2.0**-24 * largest(true_cov)
+    """Deviations of about 1 around means of thousands, another in every channel."""
+    call = moments_call(Case(P=9, B=3, N=N, layout=layout, norm="none"))
+    call.inputs["x"] += offset * torch.linspace(1, 2, 46)[:, None, None]
+    assert_parity(call.run(BACKEND, ()), expect(call, exact))
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
@@ -245,8 +238,7 @@ def test_non_finite_values_show(norm):
         call.inputs["x"][1, 3, 2, 2] = value
         results, specified = call.run(BACKEND, ()), call.run("eager", ())
         for k in results:
-            assert torch.equal(results[k].isnan(), specified[k].isnan()), (k, value)
-            assert torch.equal(results[k].isinf(), specified[k].isinf()), (k, value)
+            assert torch.equal(results[k].isfinite(), specified[k].isfinite()), (k, value)
 
 
 def test_channels_beyond_the_partial_ones_do_not_count():
@@ -271,6 +263,13 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(B, N, layout, dtyp
     for run in runs[1:]:
         for name, t in run.items():
             assert torch.equal(t, runs[0][name]), name
+
+
+@pytest.mark.parametrize("case", by_name(CORNERS))
+def test_same_bits_with_and_without_gradients(case):
+    call = moments_call(case)
+    plain, trained = call.run(BACKEND, ()), call.run(BACKEND, case.needed)
+    assert all(torch.equal(trained[name], t) for name, t in plain.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -35,7 +35,6 @@ def check(case: Case, **changes) -> None:
     trained = call.run(BACKEND, case.needed)
     assert_parity(forward, expected)
     assert_parity(trained, expected)
-    assert torch.equal(forward["y"], trained["y"])
 
 
 def test_covering_set_covers():
@@ -98,7 +97,6 @@ def test_default_scale_is_the_root_of_the_query_width():
 STRANGE_STRIDES = {
     "expanded_channels": lambda: torch.randn(2, 1, 7, 7).expand(2, 20, 7, 7),
     "expanded_tokens": lambda: torch.randn(2, 20, 1, 1).expand(2, 20, 7, 7),
-    "expanded_to_one_value": lambda: torch.randn(1, 1, 1, 1).expand(2, 20, 7, 7),
     "every_second_channel": lambda: torch.randn(2, 40, 7, 7)[:, ::2],
     "every_second_row": lambda: torch.randn(2, 20, 14, 7)[:, :, ::2],
     "width_before_height": lambda: torch.randn(2, 20, 5, 7).transpose(2, 3),
@@ -239,7 +237,7 @@ def test_non_finite_parameters_show_where_the_specification_has_them(parameter, 
 
 def test_non_finite_gradient_stays_in_its_image():
     for value in NON_FINITE:
-        call = shsa_call(Case(P=20, D=8, B=3))
+        call = shsa_call(Case(P=20, D=8, B=3, relu=False))
         clean = call.run(BACKEND, ("x",))
         call.upstream["y"][1, 3, 2, 2] = value
         dirty = call.run(BACKEND, ("x",))
@@ -359,6 +357,12 @@ def test_same_bits_for_any_number_of_threads_and_in_every_run(B, N, layout, dtyp
     for run in runs[1:]:
         for name, t in run.items():
             assert torch.equal(t, runs[0][name]), name
+
+
+@pytest.mark.parametrize("case", by_name(CORNERS))
+def test_same_bits_with_and_without_gradients(case):
+    call = shsa_call(case)
+    assert torch.equal(call.run(BACKEND, ())["y"], call.run(BACKEND, case.needed)["y"])
 
 
 def test_an_image_has_the_same_bits_in_any_batch():

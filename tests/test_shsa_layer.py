@@ -630,20 +630,32 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "statistics": dict(layer.qkv.bn.named_buffers())}
 
 
-def run_rank(rank: int, split: int, folder: str) -> None:
+SPLITS = {"three_and_two": 3, "one_and_four": 1, "five_and_none": 5}
+
+
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     x, dy = joint_batch()
-    mine = slice(0, split) if rank == 0 else slice(split, None)
-    torch.save(step(synchronised_layer(), x[mine], dy[mine]), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
+    for name, split in SPLITS.items():
+        mine = slice(0, split) if rank == 0 else slice(split, None)
+        torch.save(step(synchronised_layer(), x[mine], dy[mine]), f"{folder}/{name}_{rank}.pt")
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("split", [3, 1, 5], ids=["three_and_two", "one_and_four", "five_and_none"])
-def test_synchronised_batch_norm(split, tmp_path):
-    torch.multiprocessing.spawn(run_rank, args=(split, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module")
+def ranks_of_each_split(tmp_path_factory) -> dict[str, list]:
+    """What both processes computed of each split; starting them is most of the work."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(2)] for name in SPLITS}
+
+
+@pytest.mark.xdist_group("synchronised_batch_norm")
+@pytest.mark.parametrize("split", SPLITS)
+def test_synchronised_batch_norm(ranks_of_each_split, split):
+    ranks = ranks_of_each_split[split]
     single, _ = pair()
     single.train()
     single.proj[1].bn.eval()
