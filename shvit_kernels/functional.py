@@ -43,7 +43,8 @@ def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for ``x``; float64 is left alone."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -65,6 +65,15 @@ class Conv2dNorm(nn.Sequential):
         return fused.train(self.training)
 
 
+def _hooks_on_all_modules() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module runs its ``forward`` and nothing else, on parameters that are just parameters."""
     return not (
@@ -73,6 +82,7 @@ def _is_plain(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "parametrizations" in module._modules
+        or "forward" in module.__dict__
     )
 
 
@@ -136,8 +146,10 @@ def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, v
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     if not (bn.training and bn.track_running_stats) or count == 0:
         return
-    factor = 1.0 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
     running_mean, running_var = bn.running_mean, bn.running_var
+    factor = bn.momentum
+    if factor is None:
+        factor = bn.num_batches_tracked.to(running_mean.dtype).reciprocal()
     unbiased = variance.detach() * (count / (count - 1))
     running_mean.lerp_(mean.detach().to(running_mean.dtype), factor)
     running_var.lerp_(unbiased.to(running_var.dtype), factor)
@@ -218,7 +230,7 @@ class SHSA(nn.Module):
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
         norm = self.pre_norm
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or not _is_group_norm1(norm):
+        if _hooks_on_all_modules() or not _is_group_norm1(norm):
             return None
         projection = _conv_and_norm(self.qkv)
         if projection is None:

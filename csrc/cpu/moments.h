@@ -45,13 +45,14 @@ struct MomentsForward {
   struct Scratch {
     Bump bump;
     int64_t ld;
-    T *image, *tokens, *mean;  // [P, ld], [tokens of a panel, P], [P]
+    T *image, *tokens, *mean, *missed;  // [P, ld], [tokens of a panel, P], [P], [P]
     Scratch(void* base, const Sizes& s, const Cut& cut)
         : bump(base),
           ld(padded(cut.piece_tokens(s))),
           image(bump.take<T>(s.P * ld)),
           tokens(bump.take<T>(cut.images * cut.piece_tokens(s) * padded(s.P))),
-          mean(bump.take<T>(padded(s.P))) {}
+          mean(bump.take<T>(padded(s.P))),
+          missed(bump.take<T>(padded(s.P))) {}
   };
 
   // Count, mean [P] and sum of centred products [P, P] of each part; and the moments of the blocks of long images.
@@ -154,14 +155,25 @@ struct MomentsForward {
     workspace.counts[part] = count;
   }
 
+  // Subtracts the mean of the panel's tokens. The mean of a large offset is rounded, so what it misses is measured
+  // on the centred values and subtracted too.
   static void centre(const Sizes& s, int64_t tokens, const Scratch& scratch) {
     const int64_t ld = padded(s.P);
-    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] = 0;
+    T *mean = scratch.mean, *missed = scratch.missed;
+    for (int64_t p = 0; p < s.P; ++p) mean[p] = missed[p] = 0;
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] += scratch.tokens[t * ld + p];
-    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] /= static_cast<T>(tokens);
+      for (int64_t p = 0; p < s.P; ++p) mean[p] += scratch.tokens[t * ld + p];
+    for (int64_t p = 0; p < s.P; ++p) mean[p] /= static_cast<T>(tokens);
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* z = scratch.tokens + t * ld;
+      for (int64_t p = 0; p < s.P; ++p) missed[p] += z[p] -= mean[p];
+    }
+    for (int64_t p = 0; p < s.P; ++p) {
+      missed[p] /= static_cast<T>(tokens);
+      if (missed[p] - missed[p] == 0) mean[p] += missed[p];  // an infinite mean stays infinite
+    }
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= scratch.mean[p];
+      for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= missed[p];
   }
 
   // products += tokens^T tokens; only rows up to the end of each stripe of columns, the rest follows by symmetry.
@@ -185,7 +197,7 @@ struct MomentsForward {
         for (int64_t j = i / kStripe * kStripe; j < s.P; ++j) products[i * ld + j] += d * (other[j] - mean[j]);
       }
     }
-    for (int64_t i = 0; i < s.P; ++i) mean[i] += share * (other[i] - mean[i]);
+    for (int64_t i = 0; i < s.P; ++i) mean[i] = (1 - share) * mean[i] + share * other[i];
   }
 
   static void finish(const Params& a, const Cut& cut, const Scratch& scratch, const Workspace& workspace) {

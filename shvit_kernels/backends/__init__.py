@@ -67,14 +67,15 @@ class use_backend:
     def __init__(self, name: str):
         get(name)
         self.name = name
+        self._outer: list[str | None] = []
 
     def __enter__(self) -> "use_backend":
-        self._outer = _override.name
+        self._outer.append(_override.name)
         _override.name = self.name
         return self
 
     def __exit__(self, *_) -> None:
-        _override.name = self._outer
+        _override.name = self._outer.pop()
 
 
 @cache

@@ -1,5 +1,7 @@
 """The specification: every function in plain PyTorch, differentiable twice, in any floating-point type."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,12 @@ def why_unavailable() -> None:
 
 def why_not(x: Tensor) -> None:
     return None
+
+
+def _full_precision(x: Tensor):
+    """Autocast off, on devices that have it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _as(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -33,12 +41,12 @@ def shsa(
     tf32_attn: bool,
 ) -> Tensor:
     """Design section 2, line by line. The TF32 flags only matter to kernels: PyTorch reads its own settings."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x):
         norm_weight, norm_bias, qkv_weight, qkv_bias = _as(x.dtype, norm_weight, norm_bias, qkv_weight, qkv_bias)
         B, C, H, W = x.shape
         P = qkv_weight.shape[1]
         x1, x2 = torch.split(x, [P, C - P], dim=1)
-        z = x1 if norm_weight is None else F.group_norm(x1, 1, norm_weight, norm_bias, norm_eps)
+        z = x1 if norm_weight is None else torch.group_norm(x1, 1, norm_weight, norm_bias, norm_eps)
         qkv = F.conv2d(z, qkv_weight[:, :, None, None], qkv_bias).flatten(2)
         q, k, v = torch.split(qkv, [qk_dim, qk_dim, P], dim=1)
         attn = (q.transpose(-2, -1) @ k * scale).softmax(dim=-1)
@@ -52,11 +60,11 @@ def partial_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased covariance of the normalised first ``pdim`` channels, over images and tokens."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with _full_precision(x):
         norm_weight, norm_bias = _as(dtype, norm_weight, norm_bias)
         z = x[:, :pdim].to(dtype)
         if norm_weight is not None:
-            z = F.group_norm(z, 1, norm_weight, norm_bias, norm_eps)
+            z = torch.group_norm(z, 1, norm_weight, norm_bias, norm_eps)
         z = z.transpose(0, 1).flatten(1)
         count = max(z.shape[1], 1)  # no tokens: zeros, not NaN
         mean = z.sum(dim=1) / count
