@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shvit_kernels import functional
+from shvit_kernels import backends, functional
 
 from .numerics import Call, Results, unit_roundoff
 
@@ -206,12 +206,38 @@ def shsa_call(case: Case, **changes) -> Call:
         return {"y": functional.shsa(x, qk_dim=case.D, relu=relu, **changes, **rest)}
 
     call = Call(function, inputs, {"y": dy}, autocast=case.autocast)
-    if case.relu and x.numel():
-        # Near zero, rounding decides on which side of the ReLU a value falls, and the error of its gradient would be
-        # the gradient itself; eager's own such errors would make every bound too wide to show anything.
-        before = replace(call, function=partial(function, relu=False)).to(torch.float64).run("eager", ())["y"]
-        dy[before.abs() <= 16 * unit_roundoff(case.dtype) * before.abs().max()] = 0.0
+    return away_from_the_edge(call, case)
+
+
+def away_from_the_edge(call: Call, case: Case) -> Call:
+    """The call without gradients where ReLU's input is nearly zero.
+
+    Rounding decides there on which side a value falls, and the error of its gradient is then the gradient itself:
+    eager's own such errors would make every bound too wide to show anything.
+    """
+    if case.relu and case.B:
+        linear = replace(call, function=partial(call.function, relu=False)).to(torch.float64)
+        before = linear.run("eager", ())["y"]
+        call.upstream["y"][before.abs() <= 16 * unit_roundoff(case.dtype) * before.abs().max()] = 0.0
     return call
+
+
+def train_call(case: Case) -> Call:
+    """``shsa_train``, the operator of a layer in training, on the tensors of the case; its ``bias`` is "affine"."""
+    source = generator(case)
+    x = strided(case, source)
+    drawn = parameters(case, source)
+    inputs = {"x": x, **{k: drawn[k] for k in ("norm_weight", "norm_bias")}, "weight": drawn["qkv_weight"]}
+    inputs["bn_weight"] = None if drawn["qkv_bias"] is None else drawn["qkv_bias"] + 1
+    inputs["bn_bias"] = drawn["qkv_bias"]
+    dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
+
+    def function(x: Tensor, backend: str, relu: bool = case.relu, **rest) -> Results:
+        settings = (case.D, 1e-5, 1e-5, case.D**-0.5, relu, False, False)
+        y, mean, variance = backends.get(backend).shsa_train(x, *rest.values(), *settings)
+        return {"y": y, "mean": mean, "variance": variance}
+
+    return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
 
 
 def moments_call(case: Case) -> Call:

@@ -19,7 +19,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of named tensors, and a gradient for each of its outputs."""
+    """A function of named tensors, and a gradient for each of its differentiable outputs."""
 
     function: Callable[..., Results]
     """Takes the inputs and ``backend`` by keyword, returns the outputs by name."""
@@ -36,8 +36,8 @@ class Call:
             outputs = self.function(**inputs, backend=backend)
         results = {k: t.detach() for k, t in outputs.items()}
         if needs:
-            upstream = [self.upstream[k] for k in outputs]
-            grads = torch.autograd.grad(list(outputs.values()), [inputs[k] for k in needs], upstream)
+            differentiated = [outputs[k] for k in self.upstream]
+            grads = torch.autograd.grad(differentiated, [inputs[k] for k in needs], list(self.upstream.values()))
             results |= {f"d{k}": g for k, g in zip(needs, grads, strict=True)}
         return results
 
@@ -109,9 +109,9 @@ def expect(call: Call, exact: Exact = per_image) -> dict[str, Expected]:
     """Every result of ``call`` as the specification has it, with its bound."""
     plain = call.map(lambda _, t: t.contiguous()).run("eager")
     values, sizes = exact(call.to(torch.float64))
-    # The truth about float64 is rounded in float64 too, and BLAS sums there in longer chains than in float32, so eager's
-    # error can only be guessed: at most 16 times 2^-29 of its error in float32, of which 2 are allowed. One source makes
-    # the kernels of all types: the other types hold the 2 strictly, here float32 in between would be 2^29 times off.
+    # The truth about float64 is rounded in float64 too, and BLAS sums there in longer chains than in float32, so
+    # eager's error can only be guessed: at most 16 times 2^-29 of its error in float32, of which 2 are allowed. One
+    # source makes the kernels of all types: the others hold the 2, here float32 in between would be 2^29 times off.
     if call.inputs["x"].dtype == torch.float64:
         factor, single = 32 * 2.0**-29, call.to(torch.float32)
         upcast = single.to(torch.float64).run("eager")

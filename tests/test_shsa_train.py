@@ -1,0 +1,199 @@
+"""``shsa_train``, moments, fold and attention as one operator, against the specification (design section 6)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shvit_kernels.backends import eager, native
+from tests.support import native as native_tier
+from tests.support.cases import CORNERS, Case, covering_set, named, train_call
+from tests.support.numerics import (
+    Call,
+    Exact,
+    Results,
+    assert_parity,
+    distance,
+    expect,
+    largest,
+    unit_roundoff,
+)
+
+pytestmark = native_tier.needs_native
+
+BACKEND = "cpu"
+# Batch statistics of a handful of tokens are a matter of the layer's tests: their rounding knows no bound.
+PLAIN = {"autocast": (False,), "N": (16, 49, 64, 196, 257, 1050)}
+COVER = named(covering_set(**PLAIN))
+SMALL_COVER = named(covering_set(**PLAIN | {"N": (16, 49, 257), "B": (1, 2), "strides": ("dense",)}))
+SOME_CORNERS = {name: case for name, case in CORNERS.items() if 16 <= case.N <= 1050 and not case.autocast}
+NEEDED = {"qkv_weight": ("weight",), "qkv_bias": ("bn_weight", "bn_bias")}
+
+
+def needed(case: Case) -> tuple[str, ...]:
+    names = case.needed
+    return tuple(name for k in names for name in NEEDED.get(k, (k,)))
+
+
+def exact(case: Case) -> Exact:
+    """Results in float64, and S of each.
+
+    For a parameter's gradient that is the sum over images of the image's part with the batch statistics held constant,
+    for through them gradients cancel, that of ``norm_bias`` to nothing. Every image gets parameters of its own for it.
+    """
+
+    def of(call: Call) -> tuple[Results, dict[str, float]]:
+        results = call.run("eager")
+        sizes = {k: largest(t) for k, t in results.items()}
+        x, B = call.inputs["x"], case.B
+        if not B:
+            return results, sizes
+        given = {k: t for k, t in call.inputs.items() if k != "x" and t is not None}
+        own = {k: t.expand(B, *t.shape).clone().requires_grad_() for k, t in given.items()}
+        z = x[:, : case.P]
+        if "norm_weight" in own:
+            z = F.group_norm(z, 1) * own["norm_weight"][:, :, None, None]
+        if "norm_bias" in own:
+            z = z + own["norm_bias"][:, :, None, None]
+        projected = own["weight"] @ z.flatten(2)
+        variance, mean = torch.var_mean(projected.detach(), (0, 2), correction=0, keepdim=True)
+        qkv = (projected - mean) / (variance + 1e-5).sqrt()
+        if "bn_weight" in own:
+            qkv = qkv * own["bn_weight"][:, :, None] + own["bn_bias"][:, :, None]
+        q, k, v = qkv.split([case.D, case.D, case.P], dim=1)
+        attended = v @ (q.mT @ k * case.D**-0.5).softmax(-1).mT
+        y = torch.cat([attended, x[:, case.P :].flatten(2)], 1).view_as(x)
+        y = y.relu() if case.relu else y
+        grads = torch.autograd.grad(y, list(own.values()), call.upstream["y"])
+        for name, parts in zip(own, grads, strict=True):
+            sizes[f"d{name}"] = sum(largest(part) for part in parts)
+        assert largest(y.detach() - results["y"]) <= 1e-9 * sizes["y"]  # it is the same function
+        sizes["mean"] = largest(projected.detach().abs().mean((0, 2)))
+        return results, sizes
+
+    return of
+
+
+def check(case: Case) -> None:
+    call = train_call(case)
+    expected = expect(call, exact(case))
+    with torch.no_grad():
+        forward = call.run(BACKEND, ())
+    assert_parity(forward, expected)
+    assert_parity(call.run(BACKEND, needed(case)), expected)
+
+
+def by_name(cases: dict[str, Case]) -> list:
+    return [pytest.param(case, id=name) for name, case in cases.items()]
+
+
+@pytest.mark.parametrize("case", by_name(COVER | SOME_CORNERS))
+def test_parity(case):
+    check(case)
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("case", by_name(SMALL_COVER | SOME_CORNERS))
+def test_parity_of_every_variant(case, variant):
+    with native_tier.instruction_set(variant):
+        check(case)
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])
+@pytest.mark.parametrize("N", [6, 257])
+def test_gradcheck(N, affine, layout, variant):
+    case = Case(P=3, D=2, N=N, beyond=1, dtype=torch.float64, layout=layout, bias=affine, relu=False)
+    call = train_call(case)
+    leaves = {k: t.requires_grad_() for k, t in call.inputs.items() if t is not None}
+
+    def function(*tensors):
+        inputs = call.inputs | dict(zip(leaves, tensors, strict=True))
+        return call.function(**inputs, backend=BACKEND)["y"]
+
+    with native_tier.instruction_set(variant):
+        assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=N > 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B, N", [(1, 1050), (5, 49), (17, 16)])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_same_bits_for_any_number_of_threads_and_in_every_run(B, N, layout, dtype):
+    call = train_call(Case(B=B, N=N, layout=layout, dtype=dtype))
+    runs = []
+    for count in (1, 1, 2, 2, 3):
+        with native_tier.threads(count):
+            runs.append(call.run(BACKEND))
+    for run in runs[1:]:
+        for name, t in run.items():
+            assert torch.equal(t, runs[0][name]), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_output_keeps_the_memory_format(layout):
+    call = train_call(Case())
+    call.inputs["x"] = call.inputs["x"].contiguous(memory_format=layout)
+    results = call.run(BACKEND, ("x",))
+    assert results["y"].is_contiguous(memory_format=layout) and results["dx"].is_contiguous(memory_format=layout)
+
+
+def test_fewer_tokens_than_channels_stay_finite():
+    for N, B in ((1, 2), (2, 1), (16, 1)):
+        results = train_call(Case(P=96, N=N, B=B)).run(BACKEND)
+        assert all(t.isfinite().all() for t in results.values())
+        assert results["variance"].min() >= 0
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
+def test_constant_images_stay_finite(value):
+    call = train_call(Case(P=20))
+    call.inputs["x"].fill_(value)
+    assert all(t.isfinite().all() for t in call.run(BACKEND).values())
+
+
+def test_channels_beyond_the_partial_ones_do_not_reach_the_statistics():
+    call = train_call(Case(P=20, relu=False))
+    before = call.run(BACKEND)
+    call.inputs["x"][:, 20:] = torch.nan
+    after = call.run(BACKEND)
+    for name in ("mean", "variance", "dweight", "dnorm_weight", "dbn_weight", "dbn_bias"):
+        assert torch.equal(before[name], after[name]), name
+    assert torch.equal(before["y"][:, :20], after["y"][:, :20])
+
+
+def test_no_result_depends_on_uninitialised_memory():
+    case = Case(P=75, B=3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = train_call(case).run(BACKEND)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_parity(results, expect(train_call(case), exact(case)))
+
+
+# The fold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("O, P", [(3, 1), (80, 48), (107, 75), (258, 130)])
+def test_fold(O, P, bias, affine, dtype):
+    torch.manual_seed(0)
+    weight, variance = torch.randn(O, P), torch.rand(O) + 0.01
+    b, bn_weight, bn_bias, mean = (torch.randn(O) for _ in range(4))
+    arguments = [weight, b if bias else None, *((bn_weight, bn_bias) if affine else (None, None)), mean, variance]
+    arguments = [t if t is None else t.to(dtype) for t in arguments]
+    true = eager.fold(*(t if t is None else t.double() for t in arguments), 1e-5)
+    plain, folded = eager.fold(*arguments, 1e-5), native.fold(*arguments, 1e-5)
+    for mine, stock, value in zip(folded, plain, true, strict=True):
+        assert mine.dtype == dtype and mine.shape == value.shape
+        bound = 2 * distance(stock, value) + 8 * unit_roundoff(dtype) * largest(value)
+        assert distance(mine, value) <= bound
+
+
+def test_fold_is_differentiable():
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 3), *(torch.randn(5) for _ in range(4)), torch.rand(5) + 0.1]
+    tensors = [t.double().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: native.fold(*t, 1e-5), tensors)
