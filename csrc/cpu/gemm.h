@@ -72,7 +72,8 @@ template <class T, int VB>
 constexpr int kColumnStep = VB > 16 ? kLanes<T, VB> / 2 : kLanes<T, VB>;
 
 // The longest sum that is kept in one register; longer ones are added up in pieces, which rounds less.
-constexpr int64_t kDepth = 128;
+constexpr int64_t kDepth = 96;
+SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth; }
 
 template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
@@ -93,7 +94,7 @@ __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, Matri
 template <class T, int VB>
 void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
           Init init = Init::kZero, const T* bias = nullptr) {
-  const int64_t pieces = (K + kDepth - 1) / kDepth;
+  const int64_t pieces = depth_pieces(K);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t k = K * i / pieces, depth = K * (i + 1) / pieces - k;
     gemm_depth<T, VB>(M, N, depth, {a.data + k * a.col_stride, a.row_stride, a.col_stride}, b + k * ldb, ldb, c, ldc,

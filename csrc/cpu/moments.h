@@ -45,14 +45,14 @@ struct MomentsForward {
   struct Scratch {
     Bump bump;
     int64_t ld;
-    T *image, *tokens, *mean, *missed;  // [P, ld], [tokens of a panel, P], [P], [P]
+    T *image, *tokens, *mean, *shift;  // [P, ld], [tokens of a panel, P], [P], [P]
     Scratch(void* base, const Sizes& s, const Cut& cut)
         : bump(base),
           ld(padded(cut.piece_tokens(s))),
           image(bump.take<T>(s.P * ld)),
           tokens(bump.take<T>(cut.images * cut.piece_tokens(s) * padded(s.P))),
           mean(bump.take<T>(padded(s.P))),
-          missed(bump.take<T>(padded(s.P))) {}
+          shift(bump.take<T>(padded(s.P))) {}
   };
 
   // Count, mean [P] and sum of centred products [P, P] of each part; and the moments of the blocks of long images.
@@ -138,12 +138,18 @@ struct MomentsForward {
     T* products = workspace.products + part * s.P * ld;
     for (int64_t i = 0; i < ld; ++i) mean[i] = 0;
     for (int64_t i = 0; i < s.P * ld; ++i) products[i] = 0;
+    load_shift(a, scratch.shift);
     double count = 0;
     for (int64_t panel = cut.parts().begin(part); panel < cut.parts().end(part); ++panel) {
       int64_t tokens = 0;
       for (int64_t i = 0; i < cut.pieces(s, panel); ++i) {
         const Cut::Piece piece = cut.piece(s, panel, i);
         load_z(a, cut, piece, scratch, workspace);
+        for (int64_t p = 0; p < s.P; ++p) {
+          T* row = scratch.image + p * scratch.ld;
+          const T shift = scratch.shift[p];
+          map_row<VB>(row, row, piece.n, [&](auto z) { return z - shift; });
+        }
         transpose(scratch.image, scratch.ld, s.P, piece.n, scratch.tokens + tokens * ld, ld);
         tokens += piece.n;
       }
@@ -155,25 +161,32 @@ struct MomentsForward {
     workspace.counts[part] = count;
   }
 
-  // Subtracts the mean of the panel's tokens. The mean of a large offset is rounded, so what it misses is measured
-  // on the centred values and subtracted too.
+  // All sums are of z less a value near its mean, the same in every task: otherwise the rounding of a large mean
+  // would show in the products of differences between panels.
+  static void load_shift(const Params& a, T* shift) {
+    const Sizes& s = a.sizes;
+    const int64_t n = min64(s.N, kGroupTokens);
+    for (int64_t p = 0; p < s.P; ++p) {
+      if (a.norm_weight) {
+        shift[p] = a.norm_bias ? static_cast<const T*>(a.norm_bias)[p] : T(0);
+        continue;
+      }
+      const auto x = image_view(static_cast<const S*>(a.x), 0, s.C, s.N, a.channels_last).at(p, 0);
+      double sum = 0;
+      for (int64_t t = 0; t < n; ++t) sum += static_cast<double>(widen(x.data[t * x.token_stride]));
+      shift[p] = sum - sum == 0 ? static_cast<T>(sum / static_cast<double>(n)) : T(0);
+    }
+  }
+
+  // Subtracts the mean of the panel's tokens.
   static void centre(const Sizes& s, int64_t tokens, const Scratch& scratch) {
     const int64_t ld = padded(s.P);
-    T *mean = scratch.mean, *missed = scratch.missed;
-    for (int64_t p = 0; p < s.P; ++p) mean[p] = missed[p] = 0;
+    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] = 0;
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t p = 0; p < s.P; ++p) mean[p] += scratch.tokens[t * ld + p];
-    for (int64_t p = 0; p < s.P; ++p) mean[p] /= static_cast<T>(tokens);
-    for (int64_t t = 0; t < tokens; ++t) {
-      T* z = scratch.tokens + t * ld;
-      for (int64_t p = 0; p < s.P; ++p) missed[p] += z[p] -= mean[p];
-    }
-    for (int64_t p = 0; p < s.P; ++p) {
-      missed[p] /= static_cast<T>(tokens);
-      if (missed[p] - missed[p] == 0) mean[p] += missed[p];  // an infinite mean stays infinite
-    }
+      for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] += scratch.tokens[t * ld + p];
+    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] /= static_cast<T>(tokens);
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= missed[p];
+      for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= scratch.mean[p];
   }
 
   // products += tokens^T tokens; only rows up to the end of each stripe of columns, the rest follows by symmetry.
@@ -218,6 +231,8 @@ struct MomentsForward {
       merge(s, count, mean, products, workspace.counts[part], workspace.means + part * ld);
       count += workspace.counts[part];
     }
+    load_shift(a, scratch.shift);
+    for (int64_t p = 0; p < s.P; ++p) mean[p] += scratch.shift[p];
     const T scale = static_cast<T>(1 / count);
     for (int64_t i = 0; i < s.P; ++i)
       for (int64_t j = i; j < s.P; ++j) cov[i * s.P + j] = cov[j * s.P + i] = products[i * ld + j] * scale;

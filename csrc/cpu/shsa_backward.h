@@ -175,14 +175,20 @@ struct ShsaBackward {
     load_panel<VB>(whole(a, a.dy, image).at(0, token), s.P, n, dout, ld);
     load_panel<VB>(whole(a, a.y, image).at(0, token), s.P, n, y, ld);
     using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+    const Parts depth{s.P, depth_pieces(s.P)};
     for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
       Step sum{};
-      for (int64_t p = 0; p < s.P; ++p) {
-        Step d = load<Step>(dout + p * ld + t);
-        const Step o = load<Step>(y + p * ld + t);
-        if (a.relu) d = o <= 0 ? Step{} : d;
-        store(dout + p * ld + t, d);
-        sum += d * o;
+      // In the pieces and order of gemm: where one key takes all, delta then equals its dA and no noise is left.
+      for (int64_t piece = 0; piece < depth.parts; ++piece) {
+        Step part{};
+        for (int64_t p = depth.begin(piece); p < depth.end(piece); ++p) {
+          Step d = load<Step>(dout + p * ld + t);
+          const Step o = load<Step>(y + p * ld + t);
+          if (a.relu) d = o <= 0 ? Step{} : d;
+          store(dout + p * ld + t, d);
+          part += d * o;
+        }
+        sum += part;
       }
       store(delta + t, sum);
     }
@@ -202,7 +208,7 @@ struct ShsaBackward {
 
   // All queries of a panel against one block of keys: adds to dk and dv of the keys and to dq [queries, D].
   // `first` starts the sums of dk and dv, `first_dq` those of dq.
-  struct Queries {
+  struct Queries {  // delta is null where the block holds all keys
     const T *q, *dout, *delta, *row_max, *row_sum;
     int64_t count, ld;
   };
@@ -223,13 +229,15 @@ struct ShsaBackward {
       gemm<T, VB>(rows, keys.count, s.D, {queries.q + row, 1, queries.ld}, keys.k, keys.ld, A, ld);
       gemm<T, VB>(rows, keys.count, s.P, {queries.dout + row, 1, queries.ld}, keys.v, keys.ld, dS, ld);
       for (int64_t i = 0; i < rows; ++i) {
+        T *a = A + i * ld, *d = dS + i * ld;
         const T highest = queries.row_max[row + i], inverse = T(1) / queries.row_sum[row + i];
-        const T delta = queries.delta[row + i];
-        for (int64_t j = 0; j < keys.count; j += W) {
-          const V p = exp_nonpositive<T, VB>(load<V>(A + i * ld + j) - highest) * inverse;
-          store(A + i * ld + j, p);
-          store(dS + i * ld + j, p * (load<V>(dS + i * ld + j) - delta));
-        }
+        for (int64_t j = 0; j < keys.count; j += W)
+          store(a + j, exp_nonpositive<T, VB>(load<V>(a + j) - highest) * inverse);
+        // With all keys at hand, delta is also the sum of A dA, which cancels better against dA.
+        const T delta = queries.delta ? queries.delta[row + i] : sum_row<VB, T>(keys.count, [&](auto lane, int64_t j) {
+          return load_as(a + j, lane) * load_as(d + j, lane);
+        });
+        for (int64_t j = 0; j < keys.count; j += W) store(d + j, load<V>(a + j) * (load<V>(d + j) - delta));
       }
       gemm<T, VB>(s.P, keys.count, rows, {queries.dout + row, queries.ld, 1}, A, ld, keys.dv, keys.ld, init);
       gemm<T, VB>(s.D, keys.count, rows, {queries.q + row, queries.ld, 1}, dS, ld, keys.dk, keys.ld, init);
@@ -299,8 +307,8 @@ struct ShsaBackward {
       const T* qkv = panels.qkv + column;
       T* dqkv = panels.dqkv + column;
       transpose(qkv + s.D * ld, ld, s.D, s.N, scratch.kt, padded(s.D));
-      const Queries queries{qkv,     panels.dout + column, panels.delta + column, typed(a.row_max) + offset,
-                            typed(a.row_sum) + offset, s.N, ld};
+      const Queries queries{qkv, panels.dout + column, nullptr, typed(a.row_max) + offset, typed(a.row_sum) + offset,
+                            s.N, ld};
       const Keys keys{qkv + s.D * ld, qkv + 2 * s.D * ld, dqkv + s.D * ld, dqkv + 2 * s.D * ld, s.N, ld};
       attend(s, queries, keys, true, scratch, [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
         gemm<T, VB>(rows, s.D, s.N, dS, scratch.kt, d_ld, scratch.dqt, d_ld);
