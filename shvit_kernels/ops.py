@@ -186,6 +186,8 @@ class Shsa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x1, y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
         return _gradients(ctx, "shsa", ctx.family, dy, x1, y, *rest, *ctx.settings)
@@ -207,6 +209,8 @@ class ShsaTrain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
         return _gradients(ctx, "shsa_train", ctx.family, dy, y, *rest, *ctx.settings)

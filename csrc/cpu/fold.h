@@ -53,8 +53,8 @@ struct FoldForward {
       const T* w = weight + o * a.P;
       const T* r = product + o * ld(a);
       mean[o] = sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(z_mean + p, lane); });
-      const T s2 = sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(r + p, lane); });
-      variance[o] = s2 < 0 ? T(0) : s2;
+      const double s2 = sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(r + p, lane); });
+      variance[o] = s2 < 0 ? T(0) : static_cast<T>(s2);
     }
   }
 };
@@ -107,9 +107,9 @@ struct FoldBackward {
       const T *w = weight + o * a.P, *dw = dqkv_weight + o * a.P;
       const T rstd = T(1) / __builtin_sqrt(variance[o] + static_cast<T>(a.eps));
       const T factor = (gamma ? gamma[o] : T(1)) * rstd;
-      const T along =
+      const double along =
           sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(dw + p, lane); });
-      const T dfactor = along - mean[o] * dqkv_bias[o];
+      const T dfactor = static_cast<T>(along - static_cast<double>(mean[o]) * dqkv_bias[o]);
       const T dm = -factor * dqkv_bias[o];
       // The statistics clamp negative rounding noise to zero, where no gradient passes.
       const T ds2 = variance[o] > 0 ? T(-0.5) * dfactor * factor * rstd * rstd : T(0);

@@ -72,7 +72,7 @@ template <class T, int VB>
 constexpr int kColumnStep = VB > 16 ? kLanes<T, VB> / 2 : kLanes<T, VB>;
 
 // The longest sum that is kept in one register; longer ones are added up in pieces, which rounds less.
-constexpr int64_t kDepth = 96;
+constexpr int64_t kDepth = 48;
 SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth; }
 
 template <class T, int VB>

@@ -262,14 +262,15 @@ struct MomentsBackward {
   // sums of each block and its dz.
   struct Workspace {
     Bump bump;
-    T *dmean, *dcov, *partials;
+    T *dmean, *dcov;
+    double* partials;
     NormSums* sums = nullptr;
     T* dz = nullptr;
     Workspace(void* base, const Sizes& s, const Cut& cut)
         : bump(base),
           dmean(bump.take<T>(s.P)),
           dcov(bump.take<T>(s.P * s.P)),
-          partials(bump.take<T>(cut.parts().parts * 2 * s.P)) {
+          partials(bump.take<double>(cut.parts().parts * 2 * s.P)) {
       if (cut.is_short) return;
       sums = bump.take<NormSums>(cut.panels);
       dz = bump.take<T>(cut.panels * s.P * kBlockTokens);
@@ -326,8 +327,8 @@ struct MomentsBackward {
   static void run_part(const Params& a, const Cut& cut, int64_t part, const Scratch& scratch,
                        const Workspace& workspace) {
     const Sizes& s = a.sizes;
-    T* dnorm_weight = workspace.partials + part * 2 * s.P;
-    T* dnorm_bias = dnorm_weight + s.P;
+    double* dnorm_weight = workspace.partials + part * 2 * s.P;
+    double* dnorm_bias = dnorm_weight + s.P;
     for (int64_t i = 0; i < 2 * s.P; ++i) dnorm_weight[i] = 0;
     for (int64_t panel = cut.parts().begin(part); panel < cut.parts().end(part); ++panel) {
       for (int64_t i = 0; i < cut.pieces(s, panel); ++i) {

@@ -18,18 +18,18 @@ struct NormSums {
 // Adds this panel's part to dweight, dbias [P] and returns its sums. `normal` is (x - mean) * rstd.
 template <int VB, class T>
 SHVIT_INLINE NormSums norm_sums(const T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight,
-                                T* dweight, T* dbias) {
+                                double* dweight, double* dbias) {
   NormSums sums;
   for (int64_t p = 0; p < P; ++p) {
     const T* d = dz + p * ld;
     const T* x = normal + p * ld;
-    const T gradient = sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(d + t, lane); });
-    const T projected =
+    const double gradient = sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(d + t, lane); });
+    const double projected =
         sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(d + t, lane) * load_as(x + t, lane); });
     dbias[p] += gradient;
     dweight[p] += projected;
-    sums.gradient += static_cast<double>(weight[p]) * gradient;
-    sums.projected += static_cast<double>(weight[p]) * projected;
+    sums.gradient += weight[p] * gradient;
+    sums.projected += weight[p] * projected;
   }
   return sums;
 }
@@ -49,13 +49,14 @@ SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, in
 }
 
 // total[i] = (accumulate ? total[i] : 0) + sum over parts of partial[part][i], in order.
-template <class T>
-SHVIT_INLINE void add_parts(const T* partial, int64_t parts, int64_t stride, int64_t count, T* total,
+template <class Sum, class T>
+SHVIT_INLINE void add_parts(const Sum* partial, int64_t parts, int64_t stride, int64_t count, T* total,
                             bool accumulate = false) {
-  if (!accumulate)
-    for (int64_t i = 0; i < count; ++i) total[i] = 0;
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t i = 0; i < count; ++i) total[i] += partial[part * stride + i];
+  for (int64_t i = 0; i < count; ++i) {
+    Sum sum = accumulate ? total[i] : 0;
+    for (int64_t part = 0; part < parts; ++part) sum += partial[part * stride + i];
+    total[i] = static_cast<T>(sum);
+  }
 }
 
 }  // namespace

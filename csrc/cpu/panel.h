@@ -166,12 +166,12 @@ SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, 
 
 // Sums over the n tokens of a panel's row, of f(vector or scalar, column).
 template <int VB, class T, class F>
-SHVIT_INLINE T sum_row(int64_t n, F f) {
+SHVIT_INLINE double sum_row(int64_t n, F f) {
   constexpr int W = kLanes<T, VB>;
   Vec<T, VB> sum{};
   int64_t t = 0;
   for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, t);
-  T total = horizontal_sum<T, VB>(sum);
+  double total = horizontal_sum<T, VB>(sum);
   for (; t < n; ++t) total += f(T(0), t);
   return total;
 }

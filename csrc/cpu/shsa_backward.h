@@ -73,23 +73,28 @@ struct ShsaBackward {
   // Partial sums [total_parts] of dW [O, padded P], db [O], dnorm_weight, dnorm_bias [P]; and for long images the
   // panels of every block, the sums of its normalisation, and dq [N, D] for each part of the keys.
   struct Partials {
-    T *dweight, *dbias, *dnorm_weight, *dnorm_bias;
-    static int64_t size(const Sizes& s) { return s.O() * padded(s.P) + s.O() + 2 * s.P; }
-    Partials(T* base, const Sizes& s, int64_t part)
-        : dweight(base + part * size(s)),
-          dbias(dweight + s.O() * padded(s.P)),
+    T* dweight;
+    double *dbias, *dnorm_weight, *dnorm_bias;
+    static int64_t matrix(const Sizes& s) { return s.O() * padded(s.P); }
+    static int64_t vectors(const Sizes& s) { return s.O() + 2 * s.P; }
+    Partials(T* matrices, double* all_vectors, const Sizes& s, int64_t part)
+        : dweight(matrices + part * matrix(s)),
+          dbias(all_vectors + part * vectors(s)),
           dnorm_weight(dbias + s.O()),
           dnorm_bias(dnorm_weight + s.P) {}
   };
   struct Workspace {
     Bump bump;
-    T* partials;
+    T* partial_matrices;
+    double* partial_vectors;
     NormSums* sums;
     T* dq_parts;
     char* panels;
     int64_t panels_bytes;
     Workspace(void* base, const Sizes& s)
-        : bump(base), partials(bump.take<T>(total_parts(s) * Partials::size(s))), panels_bytes(0) {
+        : bump(base),
+          partial_matrices(bump.take<T>(total_parts(s) * Partials::matrix(s))),
+          partial_vectors(bump.take<double>(total_parts(s) * Partials::vectors(s))) {
       if (is_short(s)) return;
       sums = bump.take<NormSums>(s.B * blocks(s));
       dq_parts = bump.take<T>(s.B * parts(s).parts * s.N * padded(s.D));
@@ -97,6 +102,9 @@ struct ShsaBackward {
       Panels(measure, s, kBlockLd);
       panels_bytes = measure.used();
       panels = bump.take<char>(s.B * blocks(s) * panels_bytes);
+    }
+    Partials partials(const Sizes& s, int64_t part) const {
+      return Partials(partial_matrices, partial_vectors, s, part);
     }
     Panels block(const Sizes& s, int64_t image, int64_t block) const {
       Bump at(panels + (image * blocks(s) + block) * panels_bytes);
@@ -217,6 +225,15 @@ struct ShsaBackward {
     T *dk, *dv;
     int64_t count, ld;
   };
+  // delta of a query with all its keys at hand: the mean of dA under A. Dividing by the sum of A, which is one but for
+  // rounding, takes the rounding of the saved row_sum out of dA - delta.
+  static T mean_under(const T* A, const T* dA, int64_t keys) {
+    const double sum = sum_row<VB, T>(keys, [&](auto lane, int64_t j) { return load_as(A + j, lane); });
+    const double product =
+        sum_row<VB, T>(keys, [&](auto lane, int64_t j) { return load_as(A + j, lane) * load_as(dA + j, lane); });
+    return static_cast<T>(product / sum);
+  }
+
   template <class DqSink>
   static void attend(const Sizes& s, const Queries& queries, const Keys& keys, bool first, const Scratch& scratch,
                      DqSink dq_sink) {
@@ -233,10 +250,7 @@ struct ShsaBackward {
         const T highest = queries.row_max[row + i], inverse = T(1) / queries.row_sum[row + i];
         for (int64_t j = 0; j < keys.count; j += W)
           store(a + j, exp_nonpositive<T, VB>(load<V>(a + j) - highest) * inverse);
-        // With all keys at hand, delta is also the sum of A dA, which cancels better against dA.
-        const T delta = queries.delta ? queries.delta[row + i] : sum_row<VB, T>(keys.count, [&](auto lane, int64_t j) {
-          return load_as(a + j, lane) * load_as(d + j, lane);
-        });
+        const T delta = queries.delta ? queries.delta[row + i] : mean_under(a, d, keys.count);
         for (int64_t j = 0; j < keys.count; j += W) store(d + j, load<V>(a + j) * (load<V>(d + j) - delta));
       }
       gemm<T, VB>(s.P, keys.count, rows, {queries.dout + row, queries.ld, 1}, A, ld, keys.dv, keys.ld, init);
@@ -263,8 +277,9 @@ struct ShsaBackward {
   }
 
   static Partials cleared_partials(const Sizes& s, int64_t part, const Workspace& workspace) {
-    const Partials partials(workspace.partials, s, part);
-    for (int64_t i = 0; i < Partials::size(s); ++i) partials.dweight[i] = 0;
+    const Partials partials = workspace.partials(s, part);
+    for (int64_t i = 0; i < Partials::matrix(s); ++i) partials.dweight[i] = 0;
+    for (int64_t i = 0; i < Partials::vectors(s); ++i) partials.dbias[i] = 0;
     return partials;
   }
 
@@ -412,11 +427,11 @@ struct ShsaBackward {
 
   static void finish_parameters(const Params& a, const Workspace& workspace) {
     const Sizes& s = a.sizes;
-    const Partials p(workspace.partials, s, 0);
-    const int64_t parts = total_parts(s), stride = Partials::size(s);
+    const Partials p = workspace.partials(s, 0);
+    const int64_t parts = total_parts(s), stride = Partials::vectors(s);
     if (a.dqkv_weight)
       for (int64_t o = 0; o < s.O(); ++o)
-        add_parts(p.dweight + o * padded(s.P), parts, stride, s.P, static_cast<T*>(a.dqkv_weight) + o * s.P);
+        add_parts(p.dweight + o * padded(s.P), parts, Partials::matrix(s), s.P, static_cast<T*>(a.dqkv_weight) + o * s.P);
     if (a.dqkv_bias) add_parts(p.dbias, parts, stride, s.O(), static_cast<T*>(a.dqkv_bias));
     if (a.dnorm_weight) add_parts(p.dnorm_weight, parts, stride, s.P, static_cast<T*>(a.dnorm_weight));
     if (a.dnorm_bias) add_parts(p.dnorm_bias, parts, stride, s.P, static_cast<T*>(a.dnorm_bias));

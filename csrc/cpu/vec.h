@@ -107,8 +107,8 @@ SHVIT_INLINE V vmax(V a, V b) {
 }
 
 template <class T, int VB>
-SHVIT_INLINE T horizontal_sum(Vec<T, VB> v) {
-  T sum = 0;
+SHVIT_INLINE double horizontal_sum(Vec<T, VB> v) {
+  double sum = 0;
   for (int i = 0; i < kLanes<T, VB>; ++i) sum += v[i];
   return sum;
 }
