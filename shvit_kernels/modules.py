@@ -236,6 +236,8 @@ class SHSA(nn.Module):
         if projection is None:
             return None
         weight = projection[0].weight
+        if norm.num_channels != self.pdim or weight.shape[:2] != (2 * self.qk_dim + self.pdim, self.pdim):
+            return None
         same_dtype = norm.weight.dtype == weight.dtype == x.dtype
         if weight.device == x.device and (same_dtype or functional.is_autocast(x)):
             return projection
@@ -245,27 +247,42 @@ class SHSA(nn.Module):
         """From the split to the concatenation (and ReLU)."""
         norm = self.pre_norm
         weight, bias = conv.weight.flatten(1), conv.bias
-        if bn is not None:
-            if bn.training and bn.track_running_stats:
-                bn.num_batches_tracked.add_(1)
-            if not bn.training and bn.running_mean is not None:
-                weight, bias = backends.choose(x, None).fold(
+        if bn is not None and bn.training and bn.track_running_stats:
+            bn.num_batches_tracked.add_(1)
+        batch_statistics = bn is not None and (bn.training or bn.running_mean is None)
+        if functional.is_autocast(x) or (batch_statistics and (bias is not None or _merges_ranks(bn))):
+            if batch_statistics:
+                weight, bias = self._fold_batch(x, weight, bias, bn)
+            elif bn is not None:
+                weight, bias = backends.eager.fold(
                     weight, bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
                 )
-            elif bias is None and not functional.is_autocast(x) and not _merges_ranks(bn):
-                return self._attend_batch(x, weight, bn, relu)
-            else:
-                weight, bias = self._fold_batch(x, weight, bias, bn)
-        return functional.shsa(
-            x,
-            weight,
-            bias,
-            qk_dim=self.qk_dim,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            norm_eps=norm.eps,
-            scale=self.scale,
-            relu=relu,
+            return functional.shsa(
+                x,
+                weight,
+                bias,
+                qk_dim=self.qk_dim,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                norm_eps=norm.eps,
+                scale=self.scale,
+                relu=relu,
+            )
+        # The shapes of the parameters were checked by _foldable, so the backend is called without another look.
+        backend = backends.choose(x, None)
+        settings = (self.scale, relu, *functional.tf32(x))
+        if batch_statistics:
+            y, mean, variance = backend.shsa_train(
+                x, norm.weight, norm.bias, weight, bn.weight, bn.bias, self.qk_dim, norm.eps, bn.eps, *settings
+            )
+            _track(bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
+            return y
+        statistics = (None, None, None, None, 0.0)
+        if bn is not None:
+            statistics = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        *statistics, bn_eps = statistics
+        return backend.shsa_eval(
+            x, norm.weight, norm.bias, weight, bias, *statistics, self.qk_dim, norm.eps, bn_eps, *settings
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
@@ -283,26 +300,6 @@ class SHSA(nn.Module):
             _track(bn, count, x.shape, mean, variance)
             folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
             return tuple(t.to(weight.dtype) for t in folded)
-
-    def _attend_batch(self, x: Tensor, weight: Tensor, bn: nn.Module, relu: bool) -> Tensor:
-        """Moments, fold and attention as one operator."""
-        norm = self.pre_norm
-        y, mean, variance = backends.choose(x, None).shsa_train(
-            x,
-            norm.weight,
-            norm.bias,
-            weight,
-            bn.weight,
-            bn.bias,
-            self.qk_dim,
-            norm.eps,
-            bn.eps,
-            self.scale,
-            relu,
-            *functional.tf32(x),
-        )
-        _track(bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
-        return y
 
     def _composite(self, x: Tensor) -> Tensor:
         """The same, calling the submodules one by one."""

@@ -5,7 +5,7 @@ A *family* is a set of kernels with one schema: ``native`` (C++, CPU). For a fam
     shsa_forward_X, shsa_backward_X                         attention over the first P channels
     partial_moments_forward_X, partial_moments_backward_X   moments of the normalised first P channels
     shsa_train_forward_X, shsa_train_backward_X             moments, fold of the batch normalisation, attention
-    fold_X                                                  a projection and its batch normalisation as one projection
+    shsa_eval_X                                             fold of the running statistics (if any), attention
 
 No Python runs below them. They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
@@ -36,8 +36,8 @@ _SCHEMAS = (
     f"shsa_train_forward_X(Tensor x, {_TRAIN}) -> (Tensor y, {_TRAIN_SAVED})",
     f"shsa_train_backward_X(Tensor dy, Tensor y, {_TRAIN_SAVED}, {_TRAIN}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "fold_X(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor variance, float eps)"
-    " -> (Tensor qkv_weight, Tensor qkv_bias)",
+    f"shsa_eval_X(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+    f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
 )
 
 _library = torch.library.Library("shvit_kernels", "DEF")
@@ -115,8 +115,8 @@ def _fake_train_backward(dy, y, *rest):
     return dx, *_fake_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
 
 
-def _fake_fold(weight, *rest):
-    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _fake_eval(x, *rest):
+    return _empty_image(x, x.shape[1])
 
 
 _FAKES = {
@@ -126,7 +126,7 @@ _FAKES = {
     "partial_moments_backward": _fake_moments_backward,
     "shsa_train_forward": _fake_train,
     "shsa_train_backward": _fake_train_backward,
-    "fold": _fake_fold,
+    "shsa_eval": _fake_eval,
 }
 
 
@@ -168,21 +168,22 @@ def _gradients(ctx, function: str, family: str, *arguments):
     return None, *results, *(None,) * (len(ctx.needs_input_grad) - 1 - ctx.tensors)
 
 
+# forward takes ctx: a separate setup_context would cost more per call than a small layer's kernel.
+
+
 class Shsa(torch.autograd.Function):
     """``apply(family, x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)``: the results of shsa_forward."""
 
     @staticmethod
-    def forward(family, *arguments):
-        return FAMILIES[family]["shsa_forward"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.family, x, *parameters = inputs[:6]
-        ctx.tensors, ctx.settings = 5, inputs[6:]
+    def forward(ctx, family, *arguments):
+        output = FAMILIES[family]["shsa_forward"](*arguments)
+        x, *parameters = arguments[:5]
+        ctx.family, ctx.tensors, ctx.settings = family, 5, arguments[5:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, *output, *parameters)
+        return output
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -197,15 +198,13 @@ class ShsaTrain(torch.autograd.Function):
     """``apply(family, x, norm_weight, norm_bias, weight, bn_weight, bn_bias, *settings)``: of shsa_train_forward."""
 
     @staticmethod
-    def forward(family, *arguments):
-        return FAMILIES[family]["shsa_train_forward"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.family, ctx.tensors, ctx.settings = inputs[0], 6, inputs[7:]
+    def forward(ctx, family, *arguments):
+        output = FAMILIES[family]["shsa_train_forward"](*arguments)
+        ctx.family, ctx.tensors, ctx.settings = family, 6, arguments[6:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[2:7])
+        ctx.save_for_backward(*output, *arguments[1:6])
+        return output
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -220,18 +219,15 @@ class PartialMoments(torch.autograd.Function):
     """``apply(family, x, norm_weight, norm_bias, pdim, norm_eps)``: the results of partial_moments_forward."""
 
     @staticmethod
-    def forward(family, *arguments):
-        return FAMILIES[family]["partial_moments_forward"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.family, x, norm_weight, norm_bias, pdim, _ = inputs
+    def forward(ctx, family, x, norm_weight, norm_bias, pdim, norm_eps):
+        output = FAMILIES[family]["partial_moments_forward"](x, norm_weight, norm_bias, pdim, norm_eps)
         mean, _, image_mean, image_rstd = output
-        ctx.tensors, ctx.channels = 3, x.shape[1]
+        ctx.family, ctx.tensors, ctx.channels = family, 3, x.shape[1]
         ctx.mark_non_differentiable(image_mean, image_rstd)
         ctx.set_materialize_grads(False)
         x1 = x[:, :pdim].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
+        return output
 
     @staticmethod
     def backward(ctx, dmean, dcov, *_):

@@ -278,8 +278,8 @@ def test_no_result_depends_on_uninitialised_memory(case, dtype):
 @pytest.mark.parametrize("N", [49, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_logits_of_ten_thousand(N, dtype, variant):
-    case = Case(N=N, dtype=dtype, relu=False)
-    call = shsa_call(case)
+    # Many images: otherwise the rounding of one near tie between two keys decides the error of eager or of the kernel.
+    case = Case(N=N, dtype=dtype, relu=False, B=8)
     scale = 1e4 / _largest_logit(case)
     call = shsa_call(case, scale=scale)
     with native_tier.instruction_set(variant):

@@ -30,7 +30,8 @@ struct ShsaForwardParams {
   bool channels_last, relu;
   double norm_eps, scale;
   const void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;  // [P], [P], [O, P], [O]; null if absent
-  void *y, *mean, *rstd, *row_max, *row_sum;                        // image, [B], [B], [B, N], [B, N]
+  void *y, *mean, *rstd, *row_max, *row_sum;                        // image, [B], [B], [B, N], [B, N]; the last four
+                                                                    // are what a backward needs, or all null
   void* workspace;
 };
 

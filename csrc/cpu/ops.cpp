@@ -159,11 +159,15 @@ Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
   return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
 }
 
-// A parameter in compute type; keeps a converted copy alive.
+// A parameter of `count` values in compute type; keeps a converted copy alive.
 class Parameter {
  public:
-  Parameter(const std::optional<Tensor>& t, ScalarType type) {
-    if (t.has_value()) tensor_ = torch::stable::contiguous(torch::stable::to(*t, type));
+  Parameter(const char* name, const std::optional<Tensor>& t, int64_t count, ScalarType type) {
+    if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->numel() == count, name, " must have ", count, " values, got ", t->numel());
+    tensor_ = t;
+    if (t->scalar_type() != type) tensor_ = torch::stable::to(*tensor_, type);
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
   }
   const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
 
@@ -182,7 +186,9 @@ class Gradient {
     data_ = made ? tensor_.mutable_data_ptr() : nullptr;
   }
   void* data() const { return data_; }
-  Tensor result() const { return data_ ? torch::stable::to(tensor_, type_) : tensor_; }
+  Tensor result() const {
+    return data_ && tensor_.scalar_type() != type_ ? torch::stable::to(tensor_, type_) : tensor_;
+  }
 
  private:
   ScalarType type_;
@@ -207,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_forward(
   Tensor mean = torch::stable::new_empty(x, {s.B}, type), rstd = torch::stable::new_empty(x, {s.B}, type);
   Tensor row_max = torch::stable::new_empty(x, {s.B, s.N}, type);
   Tensor row_sum = torch::stable::new_empty(x, {s.B, s.N}, type);
-  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), weight(qkv_weight, type),
-      bias(qkv_bias, type);
+  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
+  const Parameter weight("qkv_weight", qkv_weight, s.O() * s.P, type), bias("qkv_bias", qkv_bias, s.O(), type);
   ShsaForwardParams params{s,
                            channels_last,
                            relu,
@@ -241,8 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
   Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
   const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
       dweight(qkv_weight, needs[3], y, type), dbias(qkv_bias, needs[4], y, type);
-  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), weight(qkv_weight, type),
-      bias(qkv_bias, type);
+  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
+  const Parameter weight("qkv_weight", qkv_weight, s.O() * s.P, type), bias("qkv_bias", qkv_bias, s.O(), type);
   ShsaBackwardParams params{s,
                             channels_last,
                             is_channels_last(x1),
@@ -277,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std
   Tensor mean = torch::stable::new_empty(x, {pdim}, type), cov = torch::stable::new_empty(x, {pdim, pdim}, type);
   Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
   Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
-  const Parameter weight(norm_weight, type), bias(norm_bias, type);
+  const Parameter weight("norm_weight", norm_weight, s.P, type), bias("norm_bias", norm_bias, s.P, type);
   MomentsForwardParams params{s,
                               is_channels_last(x),
                               norm_eps,
@@ -305,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
   s.C = channels;
   Tensor dx = needs[0] ? empty_image(x1, channels, channels_last) : torch::stable::new_empty(x1, {0});
   const Gradient dweight(norm_weight, needs[1], x1, type), dbias(norm_bias, needs[2], x1, type);
-  const Parameter weight(norm_weight, type), bias(norm_bias, type);
+  const Parameter weight("norm_weight", norm_weight, s.P, type), bias("norm_bias", norm_bias, s.P, type);
   MomentsBackwardParams params{s,
                                channels_last,
                                false,
@@ -325,30 +331,60 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
   return {dx, dweight.result(), dbias.result()};
 }
 
-std::tuple<Tensor, Tensor> fold(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> bn_weight,
-                                std::optional<Tensor> bn_bias, Tensor mean, Tensor variance, double eps) {
-  const ScalarType type = compute_type(weight.scalar_type());
-  const int64_t O = weight.size(0), P = weight.size(1);
-  Tensor qkv_weight = torch::stable::new_empty(weight, {O, P}, type);
-  Tensor qkv_bias = torch::stable::new_empty(weight, {O}, type);
-  const Parameter w(weight, type), b(bias, type), gamma(bn_weight, type), beta(bn_bias, type), m(mean, type),
-      v(variance, type);
-  FoldForwardParams params{O,
-                           P,
-                           eps,
-                           w.data(),
-                           b.data(),
+Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
+                 std::optional<Tensor> bias, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                 std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, int64_t qk_dim, double norm_eps,
+                 double bn_eps, double scale, bool relu, bool, bool) {
+  const ScalarType type = compute_type(x.scalar_type());
+  const bool channels_last = is_channels_last(x);
+  const Sizes s = sizes_of(x, weight.size(1), qk_dim);
+  Tensor y = empty_image(x, s.C, channels_last);
+  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
+  const Parameter w("weight", weight, s.O() * s.P, type), b("bias", bias, s.O(), type);
+  const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
+  const Parameter mean("bn_mean", bn_mean, s.O(), type), var("bn_var", bn_var, s.O(), type);
+  const Kernels& kernels = kernels_for(x.scalar_type());
+  const void *qkv_weight = w.data(), *qkv_bias = b.data();
+  Buffer folded;
+  if (mean.data()) {
+    const int64_t value = type == ScalarType::Double ? sizeof(double) : sizeof(float);
+    folded = allocate((s.O() * s.P + s.O()) * value);
+    FoldForwardParams fold{s.O(),
+                           s.P,
+                           bn_eps,
+                           qkv_weight,
+                           qkv_bias,
                            gamma.data(),
                            beta.data(),
                            nullptr,
                            nullptr,
-                           const_cast<void*>(m.data()),
-                           const_cast<void*>(v.data()),
-                           qkv_weight.mutable_data_ptr(),
-                           qkv_bias.mutable_data_ptr(),
+                           const_cast<void*>(mean.data()),
+                           const_cast<void*>(var.data()),
+                           folded.get(),
+                           folded.get() + s.O() * s.P * value,
                            nullptr};
-  run(kernels_for(type).fold_forward, params);
-  return {torch::stable::to(qkv_weight, weight.scalar_type()), torch::stable::to(qkv_bias, weight.scalar_type())};
+    qkv_weight = fold.qkv_weight;
+    qkv_bias = fold.qkv_bias;
+    run(kernels.fold_forward, fold);
+  }
+  ShsaForwardParams shsa{s,
+                         channels_last,
+                         relu,
+                         norm_eps,
+                         scale,
+                         x.const_data_ptr(),
+                         weight_n.data(),
+                         bias_n.data(),
+                         qkv_weight,
+                         qkv_bias,
+                         y.mutable_data_ptr(),
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr};
+  run(kernels.shsa_forward, shsa);
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_forward(
@@ -365,8 +401,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor mean = fresh({s.B}), rstd = fresh({s.B}), row_max = fresh({s.B, s.N}), row_sum = fresh({s.B, s.N});
   Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), batch_mean = fresh({s.O()}), batch_var = fresh({s.O()});
   Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
-  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), w(weight, type), gamma(bn_weight, type),
-      beta(bn_bias, type);
+  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
+  const Parameter w("weight", weight, s.O() * s.P, type), gamma("bn_weight", bn_weight, s.O(), type),
+      beta("bn_bias", bn_bias, s.O(), type);
   const Kernels& kernels = kernels_for(x.scalar_type());
 
   MomentsForwardParams moments{s,
@@ -433,8 +470,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
   const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
       dweight(weight, needs[3], y, type), dbn_weight(bn_weight, needs[4], y, type),
       dbn_bias(bn_bias, needs[5], y, type);
-  const Parameter weight_n(norm_weight, type), bias_n(norm_bias, type), w(weight, type), gamma(bn_weight, type),
-      beta(bn_bias, type);
+  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
+  const Parameter w("weight", weight, s.O() * s.P, type), gamma("bn_weight", bn_weight, s.O(), type),
+      beta("bn_bias", bn_bias, s.O(), type);
   Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
   Tensor dqkv_weight = fresh({s.O(), s.P}), dqkv_bias = fresh({s.O()});
   Tensor dz_mean = fresh({s.P}), dz_cov = fresh({s.P, s.P});
@@ -526,7 +564,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
   m.impl("shsa_train_forward_native", TORCH_BOX(&shsa_train_forward));
   m.impl("shsa_train_backward_native", TORCH_BOX(&shsa_train_backward));
-  m.impl("fold_native", TORCH_BOX(&fold));
+  m.impl("shsa_eval_native", TORCH_BOX(&shsa_eval));
   m.impl("shsa_forward_native", TORCH_BOX(&shsa_forward));
   m.impl("shsa_backward_native", TORCH_BOX(&shsa_backward));
   m.impl("partial_moments_forward_native", TORCH_BOX(&partial_moments_forward));

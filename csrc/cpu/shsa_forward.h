@@ -124,16 +124,20 @@ struct ShsaForward {
     return image_view(static_cast<S*>(a.y), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
 
-  // mean and rstd of an image, saved and used in compute type.
-  static void finish_norm(const Params& a, int64_t image, const Moments& m, T* mean, T* rstd) {
-    *mean = static_cast<T>(m.mean);
-    *rstd = static_cast<T>(m.rstd(a.norm_eps));
-    static_cast<T*>(a.mean)[image] = *mean;
-    static_cast<T*>(a.rstd)[image] = *rstd;
-  }
-  static void no_norm(const Params& a, int64_t image) {
-    static_cast<T*>(a.mean)[image] = 0;
-    static_cast<T*>(a.rstd)[image] = 1;
+  // z of a panel of n tokens, in place. The block that `saves` keeps the image's statistics for the backward.
+  static void normalise_panel(const Params& a, int64_t image, const Moments& m, int64_t n, T* z, int64_t ld,
+                              bool saves) {
+    T mean = 0, rstd = 1;
+    if (a.norm_weight) {
+      mean = static_cast<T>(m.mean);
+      rstd = static_cast<T>(m.rstd(a.norm_eps));
+      normalise<VB>(z, z, a.sizes.P, n, ld, mean, rstd, static_cast<const T*>(a.norm_weight),
+                    static_cast<const T*>(a.norm_bias));
+    }
+    if (saves && a.mean) {
+      static_cast<T*>(a.mean)[image] = mean;
+      static_cast<T*>(a.rstd)[image] = rstd;
+    }
   }
 
   // qkv = W z + b, with the scale of the logits in q.
@@ -151,11 +155,13 @@ struct ShsaForward {
   static void finish_queries(const Params& a, int64_t image, int64_t token, int64_t queries, const QueryState<T>& state) {
     using V = Vec<T, VB>;
     const Sizes& s = a.sizes;
-    T* row_max = static_cast<T*>(a.row_max) + image * s.N + token;
-    T* row_sum = static_cast<T*>(a.row_sum) + image * s.N + token;
-    for (int64_t t = 0; t < queries; ++t) {
-      row_max[t] = state.row_max[t];
-      row_sum[t] = state.row_sum[t];
+    if (a.row_max) {
+      T* row_max = static_cast<T*>(a.row_max) + image * s.N + token;
+      T* row_sum = static_cast<T*>(a.row_sum) + image * s.N + token;
+      for (int64_t t = 0; t < queries; ++t) {
+        row_max[t] = state.row_max[t];
+        row_sum[t] = state.row_sum[t];
+      }
     }
     for (int64_t j = 0; j < queries; j += W) {
       const V inverse = T(1) / load<V>(state.row_sum + j);
@@ -186,14 +192,8 @@ struct ShsaForward {
     for (int64_t i = 0; i < images; ++i) {
       T* z = scratch.z + i * groups.distance;
       load_panel<VB>(x(a, first + i), s.P, s.N, z, ld);
-      if (a.norm_weight) {
-        T mean, rstd;
-        finish_norm(a, first + i, panel_moments<VB>(z, s.P, s.N, ld), &mean, &rstd);
-        normalise<VB>(z, z, s.P, s.N, ld, mean, rstd, static_cast<const T*>(a.norm_weight),
-                      static_cast<const T*>(a.norm_bias));
-      } else {
-        no_norm(a, first + i);
-      }
+      const Moments m = a.norm_weight ? panel_moments<VB>(z, s.P, s.N, ld) : Moments{};
+      normalise_panel(a, first + i, m, s.N, z, ld, true);
     }
     project(a, images * groups.distance, ld, scratch.z, scratch.qkv);
     for (int64_t i = 0; i < images; ++i) {
@@ -221,19 +221,10 @@ struct ShsaForward {
     const Sizes& s = a.sizes;
     const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
     load_panel<VB>(x(a, image).at(0, token), s.P, n, scratch.z, kBlockLd);
-    if (a.norm_weight) {
-      Moments m;
+    Moments m;
+    if (a.norm_weight)
       for (int64_t i = 0; i < blocks(s); ++i) m.merge(workspace.moments[image * blocks(s) + i]);
-      const T mean = static_cast<T>(m.mean), rstd = static_cast<T>(m.rstd(a.norm_eps));
-      if (block == 0) {
-        static_cast<T*>(a.mean)[image] = mean;
-        static_cast<T*>(a.rstd)[image] = rstd;
-      }
-      normalise<VB>(scratch.z, scratch.z, s.P, n, kBlockLd, mean, rstd, static_cast<const T*>(a.norm_weight),
-                    static_cast<const T*>(a.norm_bias));
-    } else if (block == 0) {
-      no_norm(a, image);
-    }
+    normalise_panel(a, image, m, n, scratch.z, kBlockLd, block == 0);
     project(a, n, kBlockLd, scratch.z, workspace.qkv + task_offset(s, image, block));
   }
 

@@ -5,7 +5,7 @@ A backend is a module with
     name                                 what users write
     why_unavailable()                    None, or one sentence: why it cannot run on this machine
     why_not(x)                           None, or one sentence: why it cannot run this call
-    shsa, partial_moments, shsa_train, fold   the functions, as ``eager`` defines them; arguments are already validated
+    shsa, partial_moments, shsa_train, shsa_eval   the functions, as ``eager`` defines them, on validated arguments
 """
 
 import difflib

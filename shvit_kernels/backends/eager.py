@@ -1,6 +1,8 @@
 """The specification: every function in plain PyTorch, differentiable twice, in any floating-point type."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -117,3 +119,28 @@ def shsa_train(
     qkv_weight, qkv_bias = fold(wide, None, bn_weight, bn_bias, mean, variance, bn_eps)
     y = shsa(x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, *settings)
     return y, mean, variance
+
+
+def fold_and(
+    attend: Callable[..., Tensor],
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    bn_mean: Tensor | None,
+    bn_var: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    bn_eps: float,
+    *settings: float | bool,
+) -> Tensor:
+    """``attend``, a ``shsa``, on the projection with the running statistics folded in; without them on it as it is."""
+    if bn_mean is not None:
+        weight, bias = fold(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
+    return attend(x, norm_weight, norm_bias, weight, bias, qk_dim, norm_eps, *settings)
+
+
+shsa_eval = partial(fold_and, shsa)

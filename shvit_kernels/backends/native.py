@@ -59,7 +59,7 @@ def _tracks_gradients(*tensors: Tensor | None) -> bool:
 
 _native = ops.FAMILIES["native"]
 _shsa_forward, _moments_forward = _native["shsa_forward"], _native["partial_moments_forward"]
-_train_forward, _fold = _native["shsa_train_forward"], _native["fold"]
+_train_forward, _eval = _native["shsa_train_forward"], _native["shsa_eval"]
 
 
 def shsa(x: Tensor, *rest) -> Tensor:
@@ -85,7 +85,7 @@ def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, variance
 
 
-def fold(*arguments) -> tuple[Tensor, Tensor]:
-    if _tracks_gradients(*arguments[:6]):
-        return eager.fold(*arguments)
-    return _fold(*arguments)
+def shsa_eval(x: Tensor, *rest) -> Tensor:
+    if _tracks_gradients(x, *rest[:8]):
+        return eager.fold_and(shsa, x, *rest)
+    return _eval(ops.readable(x), *rest)
