@@ -172,21 +172,20 @@ def _gradients(ctx, function: str, family: str, *arguments):
 
 
 class Shsa(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)``: the results of shsa_forward."""
+    """``apply(family, x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)``: y of shsa_forward."""
 
     @staticmethod
     def forward(ctx, family, *arguments):
         output = FAMILIES[family]["shsa_forward"](*arguments)
         x, *parameters = arguments[:5]
         ctx.family, ctx.tensors, ctx.settings = family, 5, arguments[5:]
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, *output, *parameters)
-        return output
+        return output[0]
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         x1, y, *rest = ctx.saved_tensors
@@ -195,16 +194,20 @@ class Shsa(torch.autograd.Function):
 
 
 class ShsaTrain(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, weight, bn_weight, bn_bias, *settings)``: of shsa_train_forward."""
+    """``apply(family, x, norm_weight, norm_bias, weight, bn_weight, bn_bias, *settings)`` of shsa_train_forward.
+
+    Returns y, and the mean and biased variance of the projection.
+    """
 
     @staticmethod
     def forward(ctx, family, *arguments):
         output = FAMILIES[family]["shsa_train_forward"](*arguments)
+        y, *_, mean, variance = output
         ctx.family, ctx.tensors, ctx.settings = family, 6, arguments[6:]
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *arguments[1:6])
-        return output
+        return y, mean, variance
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -216,21 +219,22 @@ class ShsaTrain(torch.autograd.Function):
 
 
 class PartialMoments(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, pdim, norm_eps)``: the results of partial_moments_forward."""
+    """``apply(family, x, norm_weight, norm_bias, pdim, norm_eps)``: mean and cov of partial_moments_forward."""
 
     @staticmethod
     def forward(ctx, family, x, norm_weight, norm_bias, pdim, norm_eps):
         output = FAMILIES[family]["partial_moments_forward"](x, norm_weight, norm_bias, pdim, norm_eps)
-        mean, _, image_mean, image_rstd = output
+        mean, cov, image_mean, image_rstd = output
         ctx.family, ctx.tensors, ctx.channels = family, 3, x.shape[1]
-        ctx.mark_non_differentiable(image_mean, image_rstd)
         ctx.set_materialize_grads(False)
         x1 = x[:, :pdim].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
-        return output
+        return mean, cov
 
     @staticmethod
-    def backward(ctx, dmean, dcov, *_):
+    def backward(ctx, dmean, dcov):
+        if dmean is None and dcov is None:
+            return (None,) * len(ctx.needs_input_grad)
         x1, mean, *rest = ctx.saved_tensors
         P = mean.shape[0]
         dmean = mean.new_zeros(P) if dmean is None else dmean.contiguous()

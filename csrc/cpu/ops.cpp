@@ -82,18 +82,36 @@ Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
-// Scratch of this thread, kept for the next call.
-char* scratch(int64_t bytes) {
-  thread_local Buffer buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset();
-    size = 0;
-    buffer = allocate(bytes);
-    size = bytes;
+// Memory of this thread, kept for the next call: fresh pages would cost as much as a small kernel.
+class Arena {
+ public:
+  char* reserve(int64_t bytes) {
+    if (size_ < bytes) {
+      buffer_.reset();
+      size_ = 0;
+      buffer_ = allocate(bytes);
+      size_ = bytes;
+    }
+    return buffer_.get();
   }
-  return buffer.get();
+
+ private:
+  Buffer buffer_;
+  int64_t size_ = 0;
+};
+
+Arena& scratch_arena() {
+  thread_local Arena arena;
+  return arena;
 }
+
+Arena& workspace_arena() {
+  thread_local Arena arena;
+  return arena;
+}
+
+// Long images stage megabytes; that much is not kept.
+constexpr int64_t kKeptWorkspace = 4 << 20;
 
 // Below this many operations a second thread costs more than it brings.
 constexpr int64_t kFlopsPerThread = 500000;
@@ -101,10 +119,12 @@ constexpr int64_t kFlopsPerThread = 500000;
 template <class Params>
 void run(const Kernel<Params>& kernel, Params& params) {
   const Plan plan = kernel.plan(params);
-  Buffer workspace;
-  if (plan.workspace_bytes > 0) {
-    workspace = allocate(plan.workspace_bytes);
-    params.workspace = workspace.get();
+  Buffer large_workspace;
+  if (plan.workspace_bytes > kKeptWorkspace) {
+    large_workspace = allocate(plan.workspace_bytes);
+    params.workspace = large_workspace.get();
+  } else {
+    params.workspace = workspace_arena().reserve(plan.workspace_bytes);
   }
   for (int phase = 0; phase < plan.phases; ++phase) {
     const int64_t tasks = plan.tasks[phase];
@@ -112,7 +132,7 @@ void run(const Kernel<Params>& kernel, Params& params) {
     const int64_t flops_per_task = plan.flops / tasks + 1;
     const int64_t grain = 1 + (kFlopsPerThread - 1) / flops_per_task;
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      char* memory = scratch(plan.scratch_bytes);
+      char* memory = scratch_arena().reserve(plan.scratch_bytes);
       for (int64_t task = begin; task < end; ++task) kernel.run(params, phase, task, memory);
     });
   }

@@ -65,23 +65,22 @@ _train_forward, _eval = _native["shsa_train_forward"], _native["shsa_eval"]
 def shsa(x: Tensor, *rest) -> Tensor:
     x = ops.readable(x)
     if _tracks_gradients(x, *rest[:4]):
-        return ops.Shsa.apply("native", x, *rest)[0]
+        return ops.Shsa.apply("native", x, *rest)
     return _shsa_forward(x, *rest)[0]
 
 
 def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     x = ops.readable(x)
     if _tracks_gradients(x, *rest[:2]):
-        return ops.PartialMoments.apply("native", x, *rest)[:2]
+        return ops.PartialMoments.apply("native", x, *rest)
     return _moments_forward(x, *rest)[:2]
 
 
 def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
     x = ops.readable(x)
     if _tracks_gradients(x, *rest[:5]):
-        y, *_, mean, variance = ops.ShsaTrain.apply("native", x, *rest)
-    else:
-        y, *_, mean, variance = _train_forward(x, *rest)
+        return ops.ShsaTrain.apply("native", x, *rest)
+    y, *_, mean, variance = _train_forward(x, *rest)
     return y, mean, variance
 
 
