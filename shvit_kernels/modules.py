@@ -146,12 +146,11 @@ def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, v
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     if not (bn.training and bn.track_running_stats) or count == 0:
         return
-    running_mean, running_var = bn.running_mean, bn.running_var
-    factor = bn.momentum
+    running_mean, running_var, factor = bn.running_mean, bn.running_var, bn.momentum
     if factor is None:
         factor = bn.num_batches_tracked.to(running_mean.dtype).reciprocal()
-    unbiased = variance.detach() * (count / (count - 1))
-    running_mean.lerp_(mean.detach().to(running_mean.dtype), factor)
+    unbiased = variance * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), factor)
     running_var.lerp_(unbiased.to(running_var.dtype), factor)
 
 
@@ -297,7 +296,7 @@ class SHSA(nn.Module):
             mean, variance = backends.eager.batch_statistics(wide, z_mean, z_cov)
             if bias is not None:
                 mean = mean + bias
-            _track(bn, count, x.shape, mean, variance)
+            _track(bn, count, x.shape, mean.detach(), variance.detach())
             folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
             return tuple(t.to(weight.dtype) for t in folded)
 
