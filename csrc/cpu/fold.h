@@ -1,7 +1,7 @@
 // Batch normalisation folded into the projection before it (design section 3), forward and backward.
 //
-// Statistics per projected channel are m = W mean(z), s2 = diag(W cov(z) W^T); with f = gamma / sqrt(s2 + eps) the
-// folded weight is f W and the folded bias beta - m f.
+// Statistics per projected channel are m = W mean(z), s2 = diag(W cov(z) W^T); with f = gamma / sqrt(s2 + eps)
+// the folded weight is f W and the folded bias beta - m f.
 #pragma once
 
 #include "panel.h"
@@ -52,8 +52,10 @@ struct FoldForward {
     for (int64_t o = 0; o < a.O; ++o) {
       const T* w = weight + o * a.P;
       const T* r = product + o * ld(a);
-      mean[o] = sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(z_mean + p, lane); });
-      const double s2 = sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(r + p, lane); });
+      mean[o] = sum_row<VB, T>(
+          a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(z_mean + p, lane); });
+      const double s2 = sum_row<VB, T>(
+          a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(r + p, lane); });
       variance[o] = s2 < 0 ? T(0) : static_cast<T>(s2);
     }
   }
@@ -95,11 +97,13 @@ struct FoldBackward {
     const int64_t row = ld(a);
     const T *weight = static_cast<const T*>(a.weight), *z_cov = static_cast<const T*>(a.z_cov);
     const T* z_mean = static_cast<const T*>(a.z_mean);
-    const T *dqkv_weight = static_cast<const T*>(a.dqkv_weight), *dqkv_bias = static_cast<const T*>(a.dqkv_bias);
+    const T *dqkv_weight = static_cast<const T*>(a.dqkv_weight),
+            *dqkv_bias = static_cast<const T*>(a.dqkv_bias);
     const T* gamma = static_cast<const T*>(a.bn_weight);
     const T *mean = static_cast<const T*>(a.mean), *variance = static_cast<const T*>(a.variance);
     T *dweight = static_cast<T*>(a.dweight), *dgamma = static_cast<T*>(a.dbn_weight);
-    T *dbeta = static_cast<T*>(a.dbn_bias), *dmean = static_cast<T*>(a.dz_mean), *dcov = static_cast<T*>(a.dz_cov);
+    T *dbeta = static_cast<T*>(a.dbn_bias), *dmean = static_cast<T*>(a.dz_mean),
+      *dcov = static_cast<T*>(a.dz_cov);
 
     for (int64_t p = 0; p < a.P; ++p) map_row<VB>(z_cov + p * a.P, scratch.cov + p * row, a.P, Identity{});
     if (dweight) gemm<T, VB>(a.O, a.P, a.P, {weight, a.P, 1}, scratch.cov, row, scratch.product, row);
@@ -107,8 +111,8 @@ struct FoldBackward {
       const T *w = weight + o * a.P, *dw = dqkv_weight + o * a.P;
       const T rstd = T(1) / __builtin_sqrt(variance[o] + static_cast<T>(a.eps));
       const T factor = (gamma ? gamma[o] : T(1)) * rstd;
-      const double along =
-          sum_row<VB, T>(a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(dw + p, lane); });
+      const double along = sum_row<VB, T>(
+          a.P, [&](auto lane, int64_t p) { return load_as(w + p, lane) * load_as(dw + p, lane); });
       const T dfactor = static_cast<T>(along - static_cast<double>(mean[o]) * dqkv_bias[o]);
       const T dm = -factor * dqkv_bias[o];
       // The statistics clamp negative rounding noise to zero, where no gradient passes.

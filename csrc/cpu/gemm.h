@@ -1,7 +1,7 @@
 // C = A B (+ bias or + C): the one matrix product of the CPU kernels.
 //
-// B and C have contiguous rows, A has any strides; its elements are broadcast. A tile of MR rows by NV vectors of C
-// stays in registers while K runs. Operands are panels that fit in cache, so nothing is packed.
+// B and C have contiguous rows, A has any strides; its elements are broadcast. A tile of MR rows by NV vectors
+// of C stays in registers while K runs. Operands are panels that fit in cache, so nothing is packed.
 #pragma once
 
 #include "vec.h"
@@ -76,8 +76,8 @@ constexpr int64_t kDepth = 48;
 SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth; }
 
 template <class T, int VB>
-__attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
-                                          T* c, int64_t ldc, Init init, const T* bias) {
+__attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
+                                          int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
   int64_t n = 0;
   for (; N - n > 2 * W - kStep; n += 2 * W) gemm_column<T, VB, 2>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
@@ -97,8 +97,8 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t 
   const int64_t pieces = depth_pieces(K);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t k = K * i / pieces, depth = K * (i + 1) / pieces - k;
-    gemm_depth<T, VB>(M, N, depth, {a.data + k * a.col_stride, a.row_stride, a.col_stride}, b + k * ldb, ldb, c, ldc,
-                      i == 0 ? init : Init::kAccumulate, bias);
+    gemm_depth<T, VB>(M, N, depth, {a.data + k * a.col_stride, a.row_stride, a.col_stride}, b + k * ldb, ldb, c,
+                      ldc, i == 0 ? init : Init::kAccumulate, bias);
   }
 }
 

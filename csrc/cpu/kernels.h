@@ -1,7 +1,7 @@
 // What the operators (ops.cpp) and the kernels share: plain structs and function pointers, no PyTorch.
 //
-// A kernel is a sequence of phases; a phase is a number of independent tasks. How the work is cut depends on the
-// sizes only, and every sum has a fixed order, so results do not depend on the number of threads.
+// A kernel is a sequence of phases; a phase is a number of independent tasks. How the work is cut depends on
+// the sizes only, and every sum has a fixed order, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ struct ShsaForwardParams {
   bool channels_last, relu;
   double norm_eps, scale;
   const void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;  // [P], [P], [O, P], [O]; null if absent
-  void *y, *mean, *rstd, *row_max, *row_sum;                        // image, [B], [B], [B, N], [B, N]; the last four
-                                                                    // are what a backward needs, or all null
+  void *y, *mean, *rstd, *row_max, *row_sum;  // image, [B], [B], [B, N], [B, N]; the last four
+                                              // are what a backward needs, or all null
   void* workspace;
 };
 

@@ -1,7 +1,7 @@
 // Mean and covariance of the normalised first P channels over all tokens, and their gradients.
 //
-// The covariance is a sum of products of centred values: every panel of tokens is centred by its own mean, and panels
-// are merged exactly (Chan, Golub and LeVeque 1983).
+// The covariance is a sum of products of centred values: every panel of tokens is centred by its own mean, and
+// panels are merged exactly (Chan, Golub and LeVeque 1983).
 #pragma once
 
 #include "norm_backward.h"
@@ -26,7 +26,9 @@ struct Cut {
   struct Piece {
     int64_t image, block, token, n;
   };
-  int64_t pieces(const Sizes& s, int64_t panel) const { return is_short ? min64(images, s.B - panel * images) : 1; }
+  int64_t pieces(const Sizes& s, int64_t panel) const {
+    return is_short ? min64(images, s.B - panel * images) : 1;
+  }
   Piece piece(const Sizes& s, int64_t panel, int64_t i) const {
     if (is_short) return {panel * images + i, 0, 0, s.N};
     const int64_t token = panel % blocks * kBlockTokens;
@@ -55,7 +57,8 @@ struct MomentsForward {
           shift(bump.take<T>(padded(s.P))) {}
   };
 
-  // Count, mean [P] and sum of centred products [P, P] of each part; and the moments of the blocks of long images.
+  // Count, mean [P] and sum of centred products [P, P] of each part; and the moments of the blocks of long
+  // images.
   struct Workspace {
     Bump bump;
     double* counts;
@@ -109,8 +112,9 @@ struct MomentsForward {
     const Sizes& s = a.sizes;
     load_piece(a, piece, scratch);
     if (a.x1)
-      store_panel<VB>(scratch.image, scratch.ld, s.P, piece.n,
-                      image_view(static_cast<S*>(a.x1), piece.image, s.P, s.N, a.channels_last).at(0, piece.token));
+      store_panel<VB>(
+          scratch.image, scratch.ld, s.P, piece.n,
+          image_view(static_cast<S*>(a.x1), piece.image, s.P, s.N, a.channels_last).at(0, piece.token));
     T mean = 0, rstd = 1;
     if (a.norm_weight) {
       Moments m;
@@ -161,8 +165,8 @@ struct MomentsForward {
     workspace.counts[part] = count;
   }
 
-  // All sums are of z less a value near its mean, the same in every task: otherwise the rounding of a large mean
-  // would show in the products of differences between panels.
+  // All sums are of z less a value near its mean, the same in every task: otherwise the rounding of a large
+  // mean would show in the products of differences between panels.
   static void load_shift(const Params& a, T* shift) {
     const Sizes& s = a.sizes;
     const int64_t n = min64(s.N, kGroupTokens);
@@ -189,7 +193,8 @@ struct MomentsForward {
       for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= scratch.mean[p];
   }
 
-  // products += tokens^T tokens; only rows up to the end of each stripe of columns, the rest follows by symmetry.
+  // products += tokens^T tokens; only rows up to the end of each stripe of columns, the rest follows by
+  // symmetry.
   static constexpr int64_t kStripe = 2 * W;
   static void add_products(const Sizes& s, int64_t tokens, const T* centred, T* products) {
     const int64_t ld = padded(s.P);
@@ -258,8 +263,8 @@ struct MomentsBackward {
           dz(bump.take<T>(s.P * ld)) {}
   };
 
-  // dmean / count and (dcov + dcov^T) / count; partial sums of dnorm_weight and dnorm_bias; and of long images the
-  // sums of each block and its dz.
+  // dmean / count and (dcov + dcov^T) / count; partial sums of dnorm_weight and dnorm_bias; and of long images
+  // the sums of each block and its dz.
   struct Workspace {
     Bump bump;
     T *dmean, *dcov;
@@ -397,7 +402,8 @@ struct MomentsBackward {
   static void finish_parameters(const Params& a, const Cut& cut, const Workspace& workspace) {
     const Sizes& s = a.sizes;
     const int64_t parts = cut.parts().parts;
-    if (a.dnorm_weight) add_parts(workspace.partials, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_weight), a.accumulate);
+    if (a.dnorm_weight)
+      add_parts(workspace.partials, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_weight), a.accumulate);
     if (a.dnorm_bias)
       add_parts(workspace.partials + s.P, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_bias), a.accumulate);
   }

@@ -36,8 +36,8 @@ SHVIT_INLINE NormSums norm_sums(const T* dz, const T* normal, int64_t P, int64_t
 
 // dz becomes dx = rstd (w dz - mean(w dz) - normal * mean(w dz * normal)); count is P * N.
 template <int VB, class T>
-SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight, T rstd,
-                                const NormSums& sums, double count) {
+SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight,
+                                T rstd, const NormSums& sums, double count) {
   using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   const T a = static_cast<T>(sums.gradient / count), b = static_cast<T>(sums.projected / count);
   for (int64_t p = 0; p < P; ++p) {

@@ -165,7 +165,8 @@ bool is_channels_last(const Tensor& t) {
   const auto size = t.sizes(), stride = t.strides();
   int64_t expected = 1;
   for (const int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected, "image tensors must be NCHW-contiguous or channels_last");
+    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected,
+                    "image tensors must be NCHW-contiguous or channels_last");
     expected *= size[d];
   }
   return true;
@@ -296,11 +297,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std::optional<Tensor> norm_weight,
-                                                                   std::optional<Tensor> norm_bias, int64_t pdim,
-                                                                   double norm_eps) {
+                                                                   std::optional<Tensor> norm_bias,
+                                                                   int64_t pdim, double norm_eps) {
   const ScalarType type = compute_type(x.scalar_type());
   const Sizes s = sizes_of(x, pdim, 0);
-  Tensor mean = torch::stable::new_empty(x, {pdim}, type), cov = torch::stable::new_empty(x, {pdim, pdim}, type);
+  Tensor mean = torch::stable::new_empty(x, {pdim}, type),
+         cov = torch::stable::new_empty(x, {pdim, pdim}, type);
   Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
   Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
   const Parameter weight("norm_weight", norm_weight, s.P, type), bias("norm_bias", norm_bias, s.P, type);
@@ -409,8 +411,8 @@ Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_forward(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
-    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps, double bn_eps,
-    double scale, bool relu, bool, bool) {
+    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps,
+    double bn_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
   const bool channels_last = is_channels_last(x);
   const Sizes s = sizes_of(x, weight.size(1), qk_dim);
@@ -419,7 +421,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
   Tensor y = empty_image(x, s.C, channels_last), x1 = empty_image(x, s.P, channels_last);
   Tensor mean = fresh({s.B}), rstd = fresh({s.B}), row_max = fresh({s.B, s.N}), row_sum = fresh({s.B, s.N});
-  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), batch_mean = fresh({s.O()}), batch_var = fresh({s.O()});
+  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), batch_mean = fresh({s.O()}),
+         batch_var = fresh({s.O()});
   Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
   const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
   const Parameter w("weight", weight, s.O() * s.P, type), gamma("bn_weight", bn_weight, s.O(), type),
@@ -477,8 +480,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
     Tensor dy, Tensor y, Tensor x1, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum, Tensor z_mean,
     Tensor z_cov, Tensor batch_mean, Tensor batch_var, std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
-    int64_t qk_dim, double, double bn_eps, double scale, bool relu, bool, bool, std::vector<bool> needs) {
+    std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight,
+    std::optional<Tensor> bn_bias, int64_t qk_dim, double, double bn_eps, double scale, bool relu, bool, bool,
+    std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
   const bool channels_last = is_channels_last(y);
   STD_TORCH_CHECK(is_channels_last(dy) == channels_last, "dy must have the memory format of y");
@@ -571,12 +575,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
                                 dnorm_bias.data(),
                                 nullptr};
   if (needs[0] || needs[1] || needs[2]) run(kernels.moments_backward, moments);
-  return {dx,
-          dnorm_weight.result(),
-          dnorm_bias.result(),
-          dweight.result(),
-          dbn_weight.result(),
-          dbn_bias.result()};
+  return {
+      dx, dnorm_weight.result(), dnorm_bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
 }
 
 }  // namespace

@@ -140,14 +140,15 @@ SHVIT_INLINE void map_image(ImageView<const S> src, ImageView<S> dst, int64_t ch
   if (src_stride == length && dst_stride == length) {
     map_row<VB>(src.data, dst.data, rows * length, f);
   } else {
-    for (int64_t r = 0; r < rows; ++r) map_row<VB>(src.data + r * src_stride, dst.data + r * dst_stride, length, f);
+    for (int64_t r = 0; r < rows; ++r)
+      map_row<VB>(src.data + r * src_stride, dst.data + r * dst_stride, length, f);
   }
 }
 
 // dst = gradient where y is positive (or NaN), 0 elsewhere; all three images in the same order.
 template <int VB, class S>
-SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, ImageView<S> dst, int64_t channels,
-                             int64_t n) {
+SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, ImageView<S> dst,
+                             int64_t channels, int64_t n) {
   using T = typename ComputeOf<S>::type;
   using V = Vec<T, VB>;
   constexpr int W = kLanes<T, VB>;
@@ -214,7 +215,8 @@ SHVIT_INLINE Moments panel_moments(const T* panel, int64_t P, int64_t n, int64_t
   return {count, mean, squares};
 }
 
-// z = (panel - mean) * rstd * weight + bias, in place or beside the panel, which then becomes (panel - mean) * rstd.
+// z = (panel - mean) * rstd * weight + bias, in place or beside the panel, which then becomes (panel - mean) *
+// rstd.
 template <int VB, class T>
 SHVIT_INLINE void normalise(T* panel, T* z, int64_t P, int64_t n, int64_t ld, T mean, T rstd, const T* weight,
                             const T* bias) {

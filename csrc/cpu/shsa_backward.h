@@ -5,8 +5,8 @@
 //     dv = dO A        dA = dO^T v       dS = A * (dA - delta), delta = sum_p dO * y per query
 //     dq = scale k dS  dk = scale q dS   dz = W^T dqkv   dW = dqkv z^T   db = sum dqkv
 //
-// and dx1 follows from dz through the group normalisation. Scores are [queries, keys] here: probabilities then only
-// need the saved row maximum and sum, and every product but dq has tokens as columns.
+// and dx1 follows from dz through the group normalisation. Scores are [queries, keys] here: probabilities then
+// only need the saved row maximum and sum, and every product but dq has tokens as columns.
 #pragma once
 
 #include "norm_backward.h"
@@ -50,7 +50,7 @@ struct ShsaBackward {
 
   struct Scratch {
     Bump bump;
-    T *normal, *z, *zt, *y;  // [P, ld], [P, ld], [ld, P], [P, ld]
+    T *normal, *z, *zt, *y;                 // [P, ld], [P, ld], [ld, P], [P, ld]
     T *probabilities, *dscores, *kt, *dqt;  // [24, keys], [24, keys], [keys, D], [ld or 24, D]
     Scratch(void* base, const Sizes& s, int64_t ld, int64_t keys)
         : bump(base),
@@ -70,8 +70,8 @@ struct ShsaBackward {
     return scratch;
   }
 
-  // Partial sums [total_parts] of dW [O, padded P], db [O], dnorm_weight, dnorm_bias [P]; and for long images the
-  // panels of every block, the sums of its normalisation, and dq [N, D] for each part of the keys.
+  // Partial sums [total_parts] of dW [O, padded P], db [O], dnorm_weight, dnorm_bias [P]; and for long images
+  // the panels of every block, the sums of its normalisation, and dq [N, D] for each part of the keys.
   struct Partials {
     T* dweight;
     double *dbias, *dnorm_weight, *dnorm_bias;
@@ -186,7 +186,8 @@ struct ShsaBackward {
     const Parts depth{s.P, depth_pieces(s.P)};
     for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
       Step sum{};
-      // In the pieces and order of gemm: where one key takes all, delta then equals its dA and no noise is left.
+      // In the pieces and order of gemm: where one key takes all, delta then equals its dA and no noise is
+      // left.
       for (int64_t piece = 0; piece < depth.parts; ++piece) {
         Step part{};
         for (int64_t p = depth.begin(piece); p < depth.end(piece); ++p) {
@@ -225,18 +226,18 @@ struct ShsaBackward {
     T *dk, *dv;
     int64_t count, ld;
   };
-  // delta of a query with all its keys at hand: the mean of dA under A. Dividing by the sum of A, which is one but for
-  // rounding, takes the rounding of the saved row_sum out of dA - delta.
+  // delta of a query with all its keys at hand: the mean of dA under A. Dividing by the sum of A, which is one
+  // but for rounding, takes the rounding of the saved row_sum out of dA - delta.
   static T mean_under(const T* A, const T* dA, int64_t keys) {
     const double sum = sum_row<VB, T>(keys, [&](auto lane, int64_t j) { return load_as(A + j, lane); });
-    const double product =
-        sum_row<VB, T>(keys, [&](auto lane, int64_t j) { return load_as(A + j, lane) * load_as(dA + j, lane); });
+    const double product = sum_row<VB, T>(
+        keys, [&](auto lane, int64_t j) { return load_as(A + j, lane) * load_as(dA + j, lane); });
     return static_cast<T>(product / sum);
   }
 
   template <class DqSink>
-  static void attend(const Sizes& s, const Queries& queries, const Keys& keys, bool first, const Scratch& scratch,
-                     DqSink dq_sink) {
+  static void attend(const Sizes& s, const Queries& queries, const Keys& keys, bool first,
+                     const Scratch& scratch, DqSink dq_sink) {
     const int64_t ld = padded(keys.count), d_ld = padded(s.D);
     T* A = scratch.probabilities;
     T* dS = scratch.dscores;
@@ -297,7 +298,8 @@ struct ShsaBackward {
     }
   }
 
-  static void run_part(const Params& a, int64_t part, const Scratch& scratch, Bump bump, const Workspace& workspace) {
+  static void run_part(const Params& a, int64_t part, const Scratch& scratch, Bump bump,
+                       const Workspace& workspace) {
     const Groups<T, VB> groups(a.sizes);
     const Panels panels(bump, a.sizes, groups.ld);
     const Partials partials = cleared_partials(a.sizes, part, workspace);
@@ -322,8 +324,8 @@ struct ShsaBackward {
       const T* qkv = panels.qkv + column;
       T* dqkv = panels.dqkv + column;
       transpose(qkv + s.D * ld, ld, s.D, s.N, scratch.kt, padded(s.D));
-      const Queries queries{qkv, panels.dout + column, nullptr, typed(a.row_max) + offset, typed(a.row_sum) + offset,
-                            s.N, ld};
+      const Queries queries{
+          qkv, panels.dout + column, nullptr, typed(a.row_max) + offset, typed(a.row_sum) + offset, s.N, ld};
       const Keys keys{qkv + s.D * ld, qkv + 2 * s.D * ld, dqkv + s.D * ld, dqkv + 2 * s.D * ld, s.N, ld};
       attend(s, queries, keys, true, scratch, [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
         gemm<T, VB>(rows, s.D, s.N, dS, scratch.kt, d_ld, scratch.dqt, d_ld);
@@ -339,8 +341,8 @@ struct ShsaBackward {
       T* dz = panels.dz + column;
       if (a.norm_weight) {
         const T* normal = scratch.normal + column;
-        const NormSums sums = norm_sums<VB>(dz, normal, s.P, s.N, ld, typed(a.norm_weight), partials.dnorm_weight,
-                                            partials.dnorm_bias);
+        const NormSums sums = norm_sums<VB>(dz, normal, s.P, s.N, ld, typed(a.norm_weight),
+                                            partials.dnorm_weight, partials.dnorm_bias);
         norm_backward<VB>(dz, normal, s.P, s.N, ld, typed(a.norm_weight), typed(a.rstd)[first + i], sums,
                           static_cast<double>(s.P * s.N));
       }
@@ -368,17 +370,24 @@ struct ShsaBackward {
       const Panels key_panels = workspace.block(s, image, kb);
       const int64_t key_count = min64(kBlockTokens, s.N - kb * kBlockTokens), ld = kBlockLd;
       const T* k = key_panels.qkv + s.D * ld;
-      const Keys keys{k, k + s.D * ld, key_panels.dqkv + s.D * ld, key_panels.dqkv + 2 * s.D * ld, key_count, ld};
+      const Keys keys{k, k + s.D * ld, key_panels.dqkv + s.D * ld, key_panels.dqkv + 2 * s.D * ld, key_count,
+                      ld};
       transpose(k, ld, s.D, key_count, scratch.kt, padded(s.D));
       for (int64_t qb = 0; qb < blocks(s); ++qb) {
         const Panels panels = workspace.block(s, image, qb);
         const int64_t token = qb * kBlockTokens, offset = image * s.N + token;
-        const Queries queries{panels.qkv, panels.dout, panels.delta, typed(a.row_max) + offset,
-                              typed(a.row_sum) + offset, min64(kBlockTokens, s.N - token), ld};
-        attend(s, queries, keys, qb == 0, scratch, [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
-          gemm<T, VB>(rows, s.D, key_count, dS, scratch.kt, d_ld, dq + (token + row) * d_ld, d_ld,
-                      kb == cut.begin(part) ? Init::kZero : Init::kAccumulate);
-        });
+        const Queries queries{panels.qkv,
+                              panels.dout,
+                              panels.delta,
+                              typed(a.row_max) + offset,
+                              typed(a.row_sum) + offset,
+                              min64(kBlockTokens, s.N - token),
+                              ld};
+        attend(s, queries, keys, qb == 0, scratch,
+               [&](int64_t row, int64_t rows, MatrixView<T> dS, int64_t d_ld) {
+                 gemm<T, VB>(rows, s.D, key_count, dS, scratch.kt, d_ld, dq + (token + row) * d_ld, d_ld,
+                             kb == cut.begin(part) ? Init::kZero : Init::kAccumulate);
+               });
       }
     }
   }
@@ -404,8 +413,8 @@ struct ShsaBackward {
       project_backward(a, n, kBlockLd, panels.dqkv, scratch.z, panels.dz, scratch, partials);
       if (needs_z(a) && a.norm_weight)
         workspace.sums[image * blocks(s) + block] =
-            norm_sums<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight), partials.dnorm_weight,
-                          partials.dnorm_bias);
+            norm_sums<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight),
+                          partials.dnorm_weight, partials.dnorm_bias);
     }
   }
 
@@ -419,8 +428,8 @@ struct ShsaBackward {
       NormSums sums;
       for (int64_t i = 0; i < blocks(s); ++i) sums.add(workspace.sums[image * blocks(s) + i]);
       load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
-      norm_backward<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight), typed(a.rstd)[image], sums,
-                        static_cast<double>(s.P * s.N));
+      norm_backward<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight), typed(a.rstd)[image],
+                        sums, static_cast<double>(s.P * s.N));
     }
     store_dx(a, image, token, n, panels.dz, kBlockLd);
   }
@@ -431,7 +440,8 @@ struct ShsaBackward {
     const int64_t parts = total_parts(s), stride = Partials::vectors(s);
     if (a.dqkv_weight)
       for (int64_t o = 0; o < s.O(); ++o)
-        add_parts(p.dweight + o * padded(s.P), parts, Partials::matrix(s), s.P, static_cast<T*>(a.dqkv_weight) + o * s.P);
+        add_parts(p.dweight + o * padded(s.P), parts, Partials::matrix(s), s.P,
+                  static_cast<T*>(a.dqkv_weight) + o * s.P);
     if (a.dqkv_bias) add_parts(p.dbias, parts, stride, s.O(), static_cast<T*>(a.dqkv_bias));
     if (a.dnorm_weight) add_parts(p.dnorm_weight, parts, stride, s.P, static_cast<T*>(a.dnorm_weight));
     if (a.dnorm_bias) add_parts(p.dnorm_bias, parts, stride, s.P, static_cast<T*>(a.dnorm_bias));

@@ -1,8 +1,9 @@
 // y = concat(softmax attention of the first P channels, the others), then ReLU (design section 2).
 //
-// Everything is computed in columns of tokens: z [P, n], qkv [O, n] = W z + b, scores [keys, queries], so that the
-// softmax over keys runs down columns and no operand needs packing. Short images are one task from the load of x to
-// the store of y. Long images stage q, k and v in blocks of tokens and run an online softmax over the blocks.
+// Everything is computed in columns of tokens: z [P, n], qkv [O, n] = W z + b, scores [keys, queries], so that
+// the softmax over keys runs down columns and no operand needs packing. Short images are one task from the load
+// of x to the store of y. Long images stage q, k and v in blocks of tokens and run an online softmax over the
+// blocks.
 #pragma once
 
 #include "panel.h"
@@ -74,7 +75,8 @@ struct ShsaForward {
         : bump(base), z(bump.take<T>(s.P * ld)), qkv(bump.take<T>(s.O() * ld)), state(bump, s, keys) {}
   };
   static Scratch scratch_of(void* base, const Sizes& s) {
-    return s.N <= kShortTokens ? Scratch(base, s, Groups<T, VB>(s).ld, s.N) : Scratch(base, s, kBlockLd, kBlockTokens);
+    return s.N <= kShortTokens ? Scratch(base, s, Groups<T, VB>(s).ld, s.N)
+                               : Scratch(base, s, kBlockLd, kBlockTokens);
   }
 
   // Staged blocks of long images, [B, blocks, O, kBlockLd], and the moments of each block.
@@ -152,7 +154,8 @@ struct ShsaForward {
   }
 
   // Divide by the sums and store a block of queries.
-  static void finish_queries(const Params& a, int64_t image, int64_t token, int64_t queries, const QueryState<T>& state) {
+  static void finish_queries(const Params& a, int64_t image, int64_t token, int64_t queries,
+                             const QueryState<T>& state) {
     using V = Vec<T, VB>;
     const Sizes& s = a.sizes;
     if (a.row_max) {
@@ -200,7 +203,8 @@ struct ShsaForward {
       const T* qkv = scratch.qkv + i * groups.distance;
       for (int64_t t = 0; t < s.N; t += kQueryColumns) {
         const int64_t queries = min64(kQueryColumns, s.N - t);
-        attend_block<T, VB>(s, qkv + t, qkv + s.D * ld, qkv + 2 * s.D * ld, ld, ld, queries, s.N, true, scratch.state);
+        attend_block<T, VB>(s, qkv + t, qkv + s.D * ld, qkv + 2 * s.D * ld, ld, ld, queries, s.N, true,
+                            scratch.state);
         finish_queries(a, first + i, t, queries, scratch.state);
       }
       copy_rest(a, first + i, 0, s.N);

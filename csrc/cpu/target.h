@@ -1,4 +1,5 @@
-// SHVIT_BEGIN_TARGET("avx2,fma") ... SHVIT_END_TARGET: compiles the functions between for more than the baseline.
+// SHVIT_BEGIN_TARGET("avx2,fma") ... SHVIT_END_TARGET: compiles the functions between for more than the
+// baseline.
 #pragma once
 
 #define SHVIT_PRAGMA(text) _Pragma(#text)

@@ -1,5 +1,6 @@
-// The kernels of one instruction set: included by a file that has enabled it, after every standard header, so that
-// nothing of the standard library is compiled for more than the baseline. All names here have internal linkage.
+// The kernels of one instruction set: included by a file that has enabled it, after every standard header, so
+// that nothing of the standard library is compiled for more than the baseline. All names here have internal
+// linkage.
 #pragma once
 
 #include "fold.h"
@@ -16,8 +17,8 @@ constexpr shvit::Kernel<typename K::Params> kernel() {
 
 template <class S, int VB>
 constexpr shvit::Kernels kernels() {
-  return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
-          kernel<MomentsBackward<S, VB>>(), kernel<FoldForward<S, VB>>(), kernel<FoldBackward<S, VB>>()};
+  return {kernel<ShsaForward<S, VB>>(),     kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
+          kernel<MomentsBackward<S, VB>>(), kernel<FoldForward<S, VB>>(),  kernel<FoldBackward<S, VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.
