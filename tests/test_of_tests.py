@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from shvit_kernels import backends
-from tests import test_partial_moments, test_shsa, test_shsa_layer
+from shvit_kernels.backends import eager
+from tests import test_partial_moments, test_shsa, test_shsa_eval, test_shsa_layer
 from tests.support.cases import Case, moments_call, shsa_call
 from tests.support.numerics import assert_parity, expect
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+EVALUATED = ("norm_weight", "norm_bias", "weight", "conv_bias", "bn_weight", "bn_bias", "bn_mean", "bn_var")
 
 
 def keep(t: Tensor) -> Tensor:
@@ -62,6 +66,13 @@ def moments(knobs, x, norm_weight, norm_bias, pdim, norm_eps):
     return knobs.get("mean", keep)(mean), (cov + cov.t()) / 2
 
 
+def evaluate(knobs, x, *rest):
+    """The specification's fold around the attention above; a knob breaks an argument."""
+    given = dict(zip(EVALUATED, rest, strict=False))
+    broken = [knobs.get(name, keep)(value) for name, value in given.items()]
+    return eager.fold_and(partial(attend, knobs), x, *broken, *rest[len(EVALUATED) :])
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """Puts the functions above in the place of the ``cpu`` backend, broken as told."""
@@ -72,6 +83,7 @@ def stand_in(monkeypatch):
             why_not=lambda x: None,
             shsa=partial(attend, knobs),
             partial_moments=partial(moments, knobs),
+            shsa_eval=partial(evaluate, knobs),
         )
         monkeypatch.setattr(backends, "BACKENDS", {"cpu": backend, "eager": backends.BACKENDS["eager"]})
 
@@ -83,6 +95,8 @@ def test_right_attention_passes(stand_in, dtype):
     stand_in()
     for norm in ("affine", "weight", "none"):
         test_shsa.check(Case(dtype=dtype, norm=norm))
+        for batch_norm in test_shsa_eval.BATCH_NORMS:
+            test_shsa_eval.check(Case(dtype=dtype, norm=norm), batch_norm)
         test_partial_moments.check(Case(dtype=dtype, norm=norm))
 
 
@@ -145,6 +159,24 @@ def test_float32_inside_float64_fails(stand_in):
     stand_in(wide=torch.float32)
     with pytest.raises(AssertionError, match="from the truth"):
         test_shsa.check(Case(dtype=torch.float64))
+
+
+EVAL_BREAKS = {
+    "scale_left_out": {"scale": lambda scale: 1.0},
+    "convolution_bias_left_out": {"conv_bias": torch.zeros_like},
+    "weight_left_out": {"bn_weight": torch.ones_like},
+    "bias_left_out": {"bn_bias": torch.zeros_like},
+    "mean_left_out": {"bn_mean": torch.zeros_like},
+    "standard_deviation_as_variance": {"bn_var": torch.sqrt},
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("knobs", EVAL_BREAKS.values(), ids=EVAL_BREAKS.keys())
+def test_broken_evaluation_fails(stand_in, knobs, dtype):
+    stand_in(**knobs)
+    with pytest.raises(AssertionError, match="from the truth"):
+        test_shsa_eval.check(Case(dtype=dtype), "affine")
 
 
 MOMENTS_BREAKS = {

@@ -1,22 +1,12 @@
-"""``shsa_train``, moments, fold and attention as one operator, against the specification (design section 6)."""
+"""``shsa_train``: moments, fold and attention as one operator, against the specification (design section 6)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from shvit_kernels.backends import eager, native
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, named, train_call
-from tests.support.numerics import (
-    Call,
-    Exact,
-    Results,
-    assert_parity,
-    distance,
-    expect,
-    largest,
-    unit_roundoff,
-)
+from tests.support.numerics import Call, Exact, Results, assert_parity, expect, largest
 
 pytestmark = native_tier.needs_native
 
@@ -169,31 +159,3 @@ def test_no_result_depends_on_uninitialised_memory():
     finally:
         torch.use_deterministic_algorithms(False)
     assert_parity(results, expect(train_call(case), exact(case)))
-
-
-# The fold
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("O, P", [(3, 1), (80, 48), (107, 75), (258, 130)])
-def test_fold(O, P, bias, affine, dtype):
-    torch.manual_seed(0)
-    weight, variance = torch.randn(O, P), torch.rand(O) + 0.01
-    b, bn_weight, bn_bias, mean = (torch.randn(O) for _ in range(4))
-    arguments = [weight, b if bias else None, *((bn_weight, bn_bias) if affine else (None, None)), mean, variance]
-    arguments = [t if t is None else t.to(dtype) for t in arguments]
-    true = eager.fold(*(t if t is None else t.double() for t in arguments), 1e-5)
-    plain, folded = eager.fold(*arguments, 1e-5), native.fold(*arguments, 1e-5)
-    for mine, stock, value in zip(folded, plain, true, strict=True):
-        assert mine.dtype == dtype and mine.shape == value.shape
-        bound = 2 * distance(stock, value) + 8 * unit_roundoff(dtype) * largest(value)
-        assert distance(mine, value) <= bound
-
-
-def test_fold_is_differentiable():
-    torch.manual_seed(0)
-    tensors = [torch.randn(5, 3), *(torch.randn(5) for _ in range(4)), torch.rand(5) + 0.1]
-    tensors = [t.double().requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *t: native.fold(*t, 1e-5), tensors)

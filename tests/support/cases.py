@@ -240,6 +240,34 @@ def train_call(case: Case) -> Call:
     return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
 
 
+def eval_call(case: Case, batch_norm: str = "affine") -> Call:
+    """``shsa_eval``, the operator of a layer in evaluation, on the tensors of the case.
+
+    ``batch_norm`` is "affine", "not_affine", or "none" as in a fused layer; ``bias`` is the convolution's.
+    """
+    source = generator(case)
+    x = strided(case, source)
+    drawn = parameters(case, source)
+    O = 2 * case.D + case.P
+    inputs = {"x": x, **{k: drawn[k] for k in ("norm_weight", "norm_bias")}}
+    inputs |= {"weight": drawn["qkv_weight"], "bias": drawn["qkv_bias"]}
+    statistics = {
+        "bn_weight": 0.5 + torch.rand(O, generator=source, dtype=torch.float64),
+        "bn_bias": 0.2 * torch.randn(O, generator=source, dtype=torch.float64),
+        "bn_mean": torch.randn(O, generator=source, dtype=torch.float64),
+        "bn_var": 0.5 + torch.rand(O, generator=source, dtype=torch.float64),
+    }
+    absent = {"affine": (), "not_affine": ("bn_weight", "bn_bias"), "none": tuple(statistics)}[batch_norm]
+    inputs |= {k: None if k in absent else t.to(case.dtype) for k, t in statistics.items()}
+    dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
+
+    def function(x: Tensor, backend: str, relu: bool = case.relu, **rest) -> Results:
+        settings = (case.D, 1e-5, 1e-5, case.D**-0.5, relu, False, False)
+        return {"y": backends.get(backend).shsa_eval(x, *rest.values(), *settings)}
+
+    return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
+
+
 def moments_call(case: Case) -> Call:
     """``functional.partial_moments`` on the tensors of the case."""
     source = generator(case)
