@@ -14,12 +14,12 @@ from torch import Tensor
 import shvit_kernels
 from shvit_kernels import functional, ops
 from tests.support import native as native_tier
-from tests.support.cases import Case, moments_call, shsa_call
+from tests.support.cases import Case, eval_call, moments_call, shsa_call, train_call
 
 pytestmark = native_tier.needs_native
 
 BACKEND = "cpu"
-OPERATORS = torch.ops.shvit_kernels
+NATIVE = ops.FAMILIES["native"]
 LAYOUTS = ("nchw", "channels_last")
 # Norm and biases present or absent, as the operators take them.
 OPTIONS = {
@@ -42,86 +42,107 @@ def small_case(**changes) -> Case:
     return Case(**{"P": 10, "D": 3, "N": 16, "beyond": 4, **changes})
 
 
-def shsa_arguments(case: Case) -> tuple[Tensor, list[Tensor | None], tuple]:
-    inputs = shsa_call(case).inputs
-    parameters = [inputs[k] for k in ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias")]
-    return inputs["x"], parameters, (case.D, EPS, SCALE, case.relu, False, False)
-
-
 def copy_of_x1(x: Tensor, P: int) -> Tensor:
-    return x[:, :P].contiguous(memory_format=ops.memory_format(x))
+    return x[:, :P].clone(memory_format=ops.memory_format(x))
 
 
-def check(operator, *arguments) -> None:
-    whole = arguments[0].dtype == torch.float32
-    torch.library.opcheck(operator, arguments, **({} if whole else {"test_utils": QUICK}))
+# Arguments of each operator, in one or more calls of the case
+
+
+def shsa_forward(case: Case) -> list[tuple]:
+    inputs = shsa_call(case).inputs
+    return [(*inputs.values(), case.D, EPS, SCALE, case.relu, False, False)]
+
+
+def shsa_backward(case: Case) -> list[tuple]:
+    ((x, *rest),) = shsa_forward(case)
+    given = (torch.randn_like(x), copy_of_x1(x, case.P), *NATIVE["shsa_forward"](x, *rest), *rest)
+    return [(*given, needs) for needs in ([True] * 5, [True, False, True, False, True])]
+
+
+def partial_moments_forward(case: Case) -> list[tuple]:
+    return [(*moments_call(case).inputs.values(), case.P, EPS)]
+
+
+def partial_moments_backward(case: Case) -> list[tuple]:
+    ((x, *norm, P, eps),) = partial_moments_forward(case)
+    mean, cov, *images = NATIVE["partial_moments_forward"](x, *norm, P, eps)
+    given = (torch.randn_like(mean), torch.randn_like(cov), copy_of_x1(x, P), mean, *images, *norm, x.shape[1])
+    return [(*given, needs) for needs in ([True] * 3, [False, True, False])]
+
+
+def shsa_train_forward(case: Case) -> list[tuple]:
+    return [(*train_call(case).inputs.values(), case.D, EPS, EPS, SCALE, case.relu, False, False)]
+
+
+def shsa_train_backward(case: Case) -> list[tuple]:
+    ((x, *rest),) = shsa_train_forward(case)
+    given = (torch.randn_like(x), *NATIVE["shsa_train_forward"](x, *rest), *rest)
+    return [(*given, needs) for needs in ([True] * 6, [False, True, False, True, False, True])]
+
+
+def shsa_eval(case: Case) -> list[tuple]:
+    settings = (case.D, EPS, EPS, SCALE, case.relu, False, False)
+    return [(*eval_call(case, kind).inputs.values(), *settings) for kind in ("affine", "not_affine", "none")]
+
+
+CALLS = {
+    function.__name__: function
+    for function in (
+        shsa_forward,
+        shsa_backward,
+        partial_moments_forward,
+        partial_moments_backward,
+        shsa_train_forward,
+        shsa_train_backward,
+        shsa_eval,
+    )
+}
+each_operator = pytest.mark.parametrize("name", CALLS)
+
+
+def check(name: str, case: Case) -> None:
+    whole = case.dtype == torch.float32
+    for arguments in CALLS[name](case):
+        torch.library.opcheck(NATIVE[name], arguments, **({} if whole else {"test_utils": QUICK}))
 
 
 def test_every_operator_is_checked_below():
-    checked = {"shsa_forward", "shsa_backward", "shsa_train_forward", "shsa_train_backward", "fold"}
-    checked |= {"partial_moments_forward", "partial_moments_backward"}
-    assert all(set(operators) == checked for operators in ops.FAMILIES.values())
+    assert CALLS.keys() == NATIVE.keys()
 
 
+@each_operator
 @with_options
 @each_layout
 @each_dtype
-def test_opcheck_of_shsa(dtype, layout, options):
-    x, parameters, settings = shsa_arguments(small_case(dtype=dtype, layout=layout, **options))
-    check(OPERATORS.shsa_forward_native.default, x, *parameters, *settings)
-    saved = OPERATORS.shsa_forward_native(x, *parameters, *settings)
-    x1, dy = copy_of_x1(x, 10), torch.randn_like(x)
-    for needs in ([True] * 5, [True, False, True, False, True]):
-        check(OPERATORS.shsa_backward_native.default, dy, x1, *saved, *parameters, *settings, needs)
+def test_opcheck(dtype, layout, options, name):
+    check(name, small_case(dtype=dtype, layout=layout, **options))
 
 
-@with_options
-@each_layout
-@each_dtype
-def test_opcheck_of_partial_moments(dtype, layout, options):
-    x, (weight, bias, *_), _ = shsa_arguments(small_case(dtype=dtype, layout=layout, **options))
-    check(OPERATORS.partial_moments_forward_native.default, x, weight, bias, 10, EPS)
-    mean, cov, image_mean, image_rstd = OPERATORS.partial_moments_forward_native(x, weight, bias, 10, EPS)
-    saved = (copy_of_x1(x, 10), mean, image_mean, image_rstd, weight, bias)
-    for needs in ([True] * 3, [False, True, False]):
-        backward = OPERATORS.partial_moments_backward_native.default
-        check(backward, torch.randn_like(mean), torch.randn_like(cov), *saved, x.shape[1], needs)
-
-
-def train_arguments(case: Case) -> tuple[Tensor, list[Tensor | None], tuple]:
-    """Of ``shsa_train_forward``: the projection's bias becomes that of a batch normalisation."""
-    x, (norm_weight, norm_bias, weight, bias), settings = shsa_arguments(case)
-    bn_weight = None if bias is None else bias + 1
-    return x, [norm_weight, norm_bias, weight, bn_weight, bias], (case.D, EPS, EPS, *settings[2:])
-
-
-@with_options
-@each_layout
-@each_dtype
-def test_opcheck_of_shsa_train(dtype, layout, options):
-    x, parameters, settings = train_arguments(small_case(dtype=dtype, layout=layout, **options))
-    check(OPERATORS.shsa_train_forward_native.default, x, *parameters, *settings)
-    y, *saved = OPERATORS.shsa_train_forward_native(x, *parameters, *settings)
-    for needs in ([True] * 6, [False, True, False, True, False, True]):
-        backward = OPERATORS.shsa_train_backward_native.default
-        check(backward, torch.randn_like(y), y, *saved, *parameters, *settings, needs)
-
-
-@each_dtype
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_opcheck_of_fold(bias, affine, dtype):
-    weight = torch.randn(16, 10, dtype=dtype)
-    bias, bn_weight, bn_bias, mean = (torch.randn(16, dtype=dtype) for _ in range(4))
-    bn_weight, bn_bias = (bn_weight, bn_bias) if affine else (None, None)
-    check(OPERATORS.fold_native.default, weight, bias, bn_weight, bn_bias, mean, torch.rand(16).to(dtype), EPS)
-
-
+@each_operator
 @pytest.mark.parametrize("B, N", [(0, 16), (1, 1), (2, 257)])
-def test_opcheck_of_extreme_sizes(B, N):
-    x, parameters, settings = shsa_arguments(small_case(B=B, N=N))
-    check(OPERATORS.shsa_forward_native.default, x, *parameters, *settings)
-    check(OPERATORS.partial_moments_forward_native.default, x, *parameters[:2], 10, EPS)
+def test_opcheck_of_extreme_sizes(B, N, name):
+    check(name, small_case(B=B, N=N))
+
+
+# Kernels read parameters by pointer: what has too few values must never reach them.
+PARAMETERS = {"norm_weight", "norm_bias", "qkv_weight", "qkv_bias"}
+PARAMETERS |= {"weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var"}
+
+
+@each_operator
+@pytest.mark.parametrize("rows", [-1, 1], ids=["one_row_too_few", "one_row_too_many"])
+def test_parameters_of_another_size_are_refused(rows, name):
+    arguments = list(CALLS[name](small_case())[0])
+    names = [argument.name for argument in NATIVE[name]._schema.arguments]
+    tried = [(i, parameter) for i, parameter in enumerate(names) if parameter in PARAMETERS]
+    assert tried
+    for i, parameter in tried:
+        good = arguments[i]
+        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:])
+        message = f"{parameter} must have {good.numel()} values, got {wrong.numel()}"
+        with pytest.raises(RuntimeError, match=message):
+            NATIVE[name](*arguments[:i], wrong, *arguments[i + 1 :])
 
 
 # Derivatives, on the compiled kernels themselves
@@ -284,6 +305,15 @@ def layer() -> shvit_kernels.SHSA:
     return shsa
 
 
+def test_compiled_layer_without_gradients(fresh_dynamo):
+    plain, traced = layer().eval(), layer().eval()
+    compiled = torch.compile(traced, fullgraph=True, dynamic=True, backend="inductor")
+    with torch.no_grad():
+        for shape in ((4, 24, 7, 7), (2, 24, 9, 5)):
+            x = torch.randn(shape, dtype=torch.float64)
+            torch.testing.assert_close(compiled(x), plain(x))
+
+
 @pytest.mark.parametrize(
     "training, compiler", [(True, "inductor"), (False, "aot_eager")], ids=["training", "evaluation"]
 )
@@ -305,13 +335,15 @@ def test_compiled_layer(fresh_dynamo, compiler, training):
         torch.testing.assert_close(b, a, msg=name)
 
 
-def test_exported_layer():
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
+def test_exported_layer(gradients):
     shsa = layer().eval()
     x = torch.randn(4, 24, 7, 7, dtype=torch.float64)
     sizes = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
-    program = torch.export.export(shsa, (x,), dynamic_shapes=sizes)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(shsa, (x,), dynamic_shapes=sizes)
     called = {str(node.target) for node in program.graph.nodes}
-    assert any(name.startswith("shvit_kernels.shsa") for name in called), called
+    assert f"shvit_kernels.shsa_{'forward' if gradients else 'eval'}_native.default" in called, called
     for shape in ((4, 24, 7, 7), (2, 24, 9, 5)):
         x = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(program.module()(x), shsa(x))
@@ -340,9 +372,9 @@ def test_functional_transforms_see_ordinary_operators():
 
 
 def test_no_python_runs_without_gradients():
-    """The forward operator has no Python kernel on any dispatch key that a call without gradients passes."""
-    for name in ("shsa_forward_native", "partial_moments_forward_native"):
-        table = torch._C._dispatch_dump(f"shvit_kernels::{name}")
+    """No operator has a Python kernel on any dispatch key that a call without gradients passes."""
+    for operator in NATIVE.values():
+        table = torch._C._dispatch_dump(operator.name().removesuffix(".default"))
         keys = [line.partition(":")[0] for line in table.splitlines() if "registered at" in line]
         assert "CPU" in keys, table
         assert not {"CompositeExplicitAutograd", "CompositeImplicitAutograd", "Autograd", "AutogradCPU"} & set(keys)
