@@ -140,6 +140,14 @@ def test_valid_arguments_are_accepted():
     assert (count, mean.shape, cov.shape) == (32, (P,), (P, P))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("beyond", [C - P, 0])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpu", marks=native_tier.needs_native)])
+def test_output_keeps_the_memory_format(backend, beyond, layout):
+    x = torch.randn(2, P + beyond, 4, 4).contiguous(memory_format=layout)
+    assert functional.shsa(**arguments(x=x, backend=backend)).stride() == x.stride()
+
+
 def test_mixed_dtypes_are_accepted_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = functional.shsa(**arguments(x=torch.randn(2, C, 4, 4).bfloat16()))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import memory_format
+
 name = "eager"
 
 
@@ -53,7 +55,7 @@ def shsa(
         q, k, v = torch.split(qkv, [qk_dim, qk_dim, P], dim=1)
         attn = (q.transpose(-2, -1) @ k * scale).softmax(dim=-1)
         y1 = (v @ attn.transpose(-2, -1)).reshape(B, P, H, W)
-        y = torch.cat([y1, x2], dim=1)
+        y = torch.cat([y1, x2], dim=1).contiguous(memory_format=memory_format(x))
         return F.relu(y) if relu else y
 
 
