@@ -178,7 +178,7 @@ def test_shared_layers_stay_shared(stock):
     fast = accelerate(copy.deepcopy(stock))
     blocks = fast.stages[1].blocks
     assert blocks[0].mixer.m is blocks[1].mixer.m and type(blocks[0].mixer.m) is SHSA
-    x = images(64)
+    x = images(128)  # smaller ones leave the last stage one token: of 2 values, batch statistics have no gradient
     for mode in MODES.values():
         assert_close(mode(fast, x), mode(stock, x))
 
