@@ -235,7 +235,7 @@ class SHSA(nn.Module):
         if projection is None:
             return None
         weight = projection[0].weight
-        if norm.num_channels != self.pdim or weight.shape[:2] != (2 * self.qk_dim + self.pdim, self.pdim):
+        if norm.num_channels != self.pdim or weight.shape != (2 * self.qk_dim + self.pdim, self.pdim, 1, 1):
             return None
         same_dtype = norm.weight.dtype == weight.dtype == x.dtype
         if weight.device == x.device and (same_dtype or functional.is_autocast(x)):

@@ -12,6 +12,8 @@ is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1
 keep that format; gradients that were not asked for come back with size [0].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -130,6 +132,18 @@ _FAKES = {
 }
 
 
+def _on_one_device(fake: Callable) -> Callable:
+    """The dispatcher takes a fake kernel wherever one argument is on meta; for real values the result is garbage."""
+
+    def checked(x: Tensor, *rest):
+        for t in rest:
+            if isinstance(t, Tensor) and t.device != x.device:
+                raise ValueError(f"all tensors must be on one device, got {x.device} and {t.device}")
+        return fake(x, *rest)
+
+    return checked
+
+
 FAMILIES: dict[str, dict[str, torch._ops.OpOverload]] = {}
 """The operators of each family by name, without the family's suffix."""
 
@@ -138,7 +152,7 @@ for _family in ("native",):
     for _schema in _SCHEMAS:
         _library.define(_schema.replace("_X(", f"_{_family}("))
     for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"shvit_kernels::{_name}_{_family}", _fake, lib=_library)
+        torch.library.register_fake(f"shvit_kernels::{_name}_{_family}", _on_one_device(_fake), lib=_library)
         FAMILIES[_family][_name] = getattr(torch.ops.shvit_kernels, f"{_name}_{_family}").default
 
 

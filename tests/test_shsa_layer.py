@@ -548,6 +548,51 @@ def test_more_modules_in_the_projection():
     assert_same(*pair(change=change))
 
 
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+
+# Nothing that has other shapes, or no values at all, may reach a kernel or be broadcast.
+UNFITTING = {
+    "group_norm": lambda layer: setattr(layer, "pre_norm", nn.GroupNorm(1, 9).double()),
+    "group_norm_weight": lambda layer: setattr(layer.pre_norm, "weight", parameter(9)),
+    "group_norm_bias": lambda layer: setattr(layer.pre_norm, "bias", parameter(1)),
+    "group_norm_on_meta": lambda layer: setattr(layer, "pre_norm", nn.GroupNorm(1, PDIM, device="meta").double()),
+    "inputs_of_convolution": lambda layer: setattr(layer.qkv, "c", nn.Conv2d(9, 18, 1).double()),
+    "outputs_of_convolution": lambda layer: setattr(layer.qkv, "c", nn.Conv2d(10, 17, 1).double()),
+    "fused_convolution": lambda layer: setattr(layer, "qkv", nn.Conv2d(10, 17, 1).double()),
+    "weight_of_convolution": lambda layer: setattr(layer.qkv.c, "weight", parameter(17, 10, 1, 1)),
+    "bias_of_convolution": lambda layer: setattr(layer.qkv.c, "bias", parameter(1)),
+    "batch_norm_of_one": lambda layer: setattr(layer.qkv, "bn", nn.BatchNorm2d(1).double()),
+    "batch_norm_of_17": lambda layer: setattr(layer.qkv, "bn", nn.BatchNorm2d(17).double()),
+    "batch_norm_untracked": lambda layer: setattr(
+        layer.qkv, "bn", nn.BatchNorm2d(1, track_running_stats=False).double()
+    ),
+    "batch_norm_not_affine": lambda layer: setattr(layer.qkv, "bn", nn.BatchNorm2d(1, affine=False).double()),
+    "batch_norm_weight": lambda layer: setattr(layer.qkv.bn, "weight", parameter(1)),
+    "batch_norm_bias": lambda layer: setattr(layer.qkv.bn, "bias", parameter(1)),
+    "running_mean": lambda layer: setattr(layer.qkv.bn, "running_mean", torch.zeros(1).double()),
+    "running_variance": lambda layer: setattr(layer.qkv.bn, "running_var", torch.ones(1).double()),
+    "batch_norm_on_meta": lambda layer: setattr(layer.qkv, "bn", nn.BatchNorm2d(18, device="meta").double()),
+    "qk_dim": lambda layer: setattr(layer, "qk_dim", 5),
+    "pdim": lambda layer: setattr(layer, "pdim", 11),
+}
+
+
+@pytest.mark.parametrize("change", UNFITTING.values(), ids=UNFITTING.keys())
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpu", marks=native_tier.needs_native)])
+@pytest.mark.parametrize("mode", ["training", "evaluation", "inference"])
+def test_unfitting_submodules_are_refused(mode, backend, change):
+    for layer in pair(change=change):
+        layer.train(mode == "training")
+        with (
+            torch.set_grad_enabled(mode != "inference"),
+            use_backend(backend),
+            pytest.raises((RuntimeError, ValueError), match=r"\d|device"),  # says which values or devices
+        ):
+            layer(features())
+
+
 # Memory
 
 

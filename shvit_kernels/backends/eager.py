@@ -91,6 +91,10 @@ def fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """A projection and the batch normalisation behind it as one projection, in at least float32 (design section 3)."""
+    given = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": mean, "variance": variance}
+    for name, value in given.items():
+        if value is not None and value.shape != weight.shape[:1]:  # a single value would be broadcast
+            raise ValueError(f"{name} must have shape ({weight.shape[0]},), got {tuple(value.shape)}")
     wide = torch.promote_types(weight.dtype, torch.float32)
     dtype = weight.dtype
     weight, bias, bn_weight, bn_bias, mean, variance = _as(wide, weight, bias, bn_weight, bn_bias, mean, variance)
