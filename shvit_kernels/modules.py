@@ -211,8 +211,8 @@ class SHSA(nn.Module):
         return f"dim={self.dim}, qk_dim={self.qk_dim}, pdim={self.pdim}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"x must have shape [B, {self.dim}, H, W], got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]:
+            raise ValueError(f"x must have shape [B, {self.dim}, H, W] with H and W at least 1, got {tuple(x.shape)}")
         projection = self._foldable(x)
         if projection is None:
             return self.proj(self._composite(x))

@@ -125,6 +125,7 @@ BAD_LAYERS = {
     "pdim_0": (lambda: LAYER(C, D, 0), ["pdim", "14", "0"]),
     "input_of_other_channels": (lambda: LAYER(C, D, P)(torch.randn(2, C + 1, 4, 4)), ["x", "14", "(2, 15, 4, 4)"]),
     "input_of_rank_3": (lambda: LAYER(C, D, P)(torch.randn(C, 4, 4)), ["x", "14", "(14, 4, 4)"]),
+    "input_without_tokens": (lambda: LAYER(C, D, P)(torch.randn(2, C, 0, 4)), ["x", "at least 1", "(2, 14, 0, 4)"]),
 }
 
 
@@ -257,6 +258,28 @@ def test_use_backend_is_of_its_thread(recorders):
         assert asked.wait(10)
     thread.join()
     assert names["other"] == "first"
+
+
+def test_one_use_backend_in_two_threads(recorders):
+    """The block that ends first restores what its own thread had."""
+    shared, entered, ended = use_backend("second"), threading.Event(), threading.Event()
+    names = []
+
+    def other():
+        with use_backend("first"):
+            with shared:
+                entered.set()
+                ended.wait(10)
+            names.append(chosen(recorders))
+
+    thread = threading.Thread(target=other)
+    with shared:
+        thread.start()
+        assert entered.wait(10)
+    names.append(backends.chosen_name(None))
+    ended.set()
+    thread.join()
+    assert names == [None, "first"]
 
 
 def test_use_backend_refuses_an_unknown_name():

@@ -211,6 +211,19 @@ def test_second_derivatives_of_kernels_are_refused():
             grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
+def test_forward_mode_derivatives_of_kernels_are_refused(gradients):
+    """``no_grad`` does not turn them off, and a bare operator would drop them."""
+    call = shsa_call(small_case())
+    x = call.inputs.pop("x")
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        y = functional.shsa(dual, **call.inputs, qk_dim=3, backend="eager")
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            functional.shsa(dual, **call.inputs, qk_dim=3, backend=BACKEND)
+
+
 def test_create_graph_gives_the_same_first_derivative():
     call = shsa_call(small_case())
     inputs = {k: t.detach().requires_grad_() for k, t in call.inputs.items()}

@@ -32,6 +32,10 @@ _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
 class _Override(threading.local):
     name: str | None = None
 
+    def __init__(self):
+        self.outer: list[str | None] = []
+        """What the blocks that this thread is in replaced, outermost first."""
+
 
 _override = _Override()
 
@@ -67,15 +71,14 @@ class use_backend:
     def __init__(self, name: str):
         get(name)
         self.name = name
-        self._outer: list[str | None] = []
 
     def __enter__(self) -> "use_backend":
-        self._outer.append(_override.name)
+        _override.outer.append(_override.name)
         _override.name = self.name
         return self
 
     def __exit__(self, *_) -> None:
-        _override.name = self._outer.pop()
+        _override.name = _override.outer.pop()
 
 
 @cache

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import ops
 from . import eager
@@ -54,6 +55,8 @@ def why_not(x: Tensor) -> str | None:
 
 
 def _tracks_gradients(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:  # the autograd functions refuse tangents, bare operators would drop them
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
