@@ -195,6 +195,29 @@ def test_second_derivatives_through_eager():
     assert torch.autograd.gradgradcheck(moments, tuple(leaves.values())[:3])
 
 
+UNREADABLE = {
+    "three_dimensions": (lambda: torch.randn(8, 3, 3), 4, "got 3 dimensions"),
+    "no_tokens": (lambda: torch.randn(2, 8, 0, 3), 4, "at least one token"),
+    "pdim_beyond_channels": (lambda: torch.randn(2, 8, 3, 3), 9, "pdim must lie between 1 and 8, got 9"),
+}
+
+
+@pytest.mark.parametrize(("make", "pdim", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_kernels_refuse_what_they_cannot_read(make, pdim, message):
+    with pytest.raises(RuntimeError, match=message):
+        NATIVE["partial_moments_forward"](make(), None, None, pdim, 1e-5)
+    weight = torch.randn(2 + pdim, pdim)
+    with pytest.raises(RuntimeError, match=message):
+        NATIVE["shsa_forward"](make(), None, None, weight, None, 1, 1e-5, 1.0, False, False, False)
+
+
+def test_a_running_mean_without_variance_is_refused():
+    weight, mean = torch.randn(6, 4), torch.zeros(6)
+    settings = (1, 1e-5, 1e-5, 1.0, False, False, False)
+    with pytest.raises(RuntimeError, match="bn_mean and bn_var must be given together"):
+        NATIVE["shsa_eval"](torch.randn(2, 8, 3, 3), None, None, weight, None, None, None, mean, None, *settings)
+
+
 def test_second_derivatives_of_kernels_are_refused():
     call = shsa_call(small_case())
     for name in ("x", "qkv_weight", "norm_weight"):

@@ -218,6 +218,9 @@ class Gradient {
 };
 
 Sizes sizes_of(const Tensor& image, int64_t P, int64_t D) {
+  STD_TORCH_CHECK(image.dim() == 4, "image tensors must be [B, C, H, W], got ", image.dim(), " dimensions");
+  STD_TORCH_CHECK(image.size(2) * image.size(3) > 0, "images must have at least one token");
+  STD_TORCH_CHECK(P >= 1 && P <= image.size(1), "pdim must lie between 1 and ", image.size(1), ", got ", P);
   return {image.size(0), image.size(1), P, D, image.size(2) * image.size(3)};
 }
 
@@ -228,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_forward(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
     std::optional<Tensor> qkv_bias, int64_t qk_dim, double norm_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const bool channels_last = is_channels_last(x);
   const Sizes s = sizes_of(x, qkv_weight.size(1), qk_dim);
+  const bool channels_last = is_channels_last(x);
   Tensor y = empty_image(x, s.C, channels_last);
   Tensor mean = torch::stable::new_empty(x, {s.B}, type), rstd = torch::stable::new_empty(x, {s.B}, type);
   Tensor row_max = torch::stable::new_empty(x, {s.B, s.N}, type);
@@ -263,7 +266,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
     std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
   const bool channels_last = is_channels_last(y);
-  STD_TORCH_CHECK(is_channels_last(dy) == channels_last, "dy must have the memory format of y");
+  STD_TORCH_CHECK(dy.numel() == y.numel() && is_channels_last(dy) == channels_last,
+                  "dy must have the shape and memory format of y");
   const Sizes s = sizes_of(y, qkv_weight.size(1), qk_dim);
   Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
   const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
@@ -358,13 +362,14 @@ Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, int64_t qk_dim, double norm_eps,
                  double bn_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const bool channels_last = is_channels_last(x);
   const Sizes s = sizes_of(x, weight.size(1), qk_dim);
+  const bool channels_last = is_channels_last(x);
   Tensor y = empty_image(x, s.C, channels_last);
   const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
   const Parameter w("weight", weight, s.O() * s.P, type), b("bias", bias, s.O(), type);
   const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
   const Parameter mean("bn_mean", bn_mean, s.O(), type), var("bn_var", bn_var, s.O(), type);
+  STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "bn_mean and bn_var must be given together");
   const Kernels& kernels = kernels_for(x.scalar_type());
   const void *qkv_weight = w.data(), *qkv_bias = b.data();
   Buffer folded;
@@ -414,8 +419,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps,
     double bn_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const bool channels_last = is_channels_last(x);
   const Sizes s = sizes_of(x, weight.size(1), qk_dim);
+  const bool channels_last = is_channels_last(x);
   const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(x, size, type);
   };
@@ -485,7 +490,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
     std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
   const bool channels_last = is_channels_last(y);
-  STD_TORCH_CHECK(is_channels_last(dy) == channels_last, "dy must have the memory format of y");
+  STD_TORCH_CHECK(dy.numel() == y.numel() && is_channels_last(dy) == channels_last,
+                  "dy must have the shape and memory format of y");
   const Sizes s = sizes_of(y, weight.size(1), qk_dim);
   const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(y, size, type);

@@ -243,6 +243,7 @@ SHVIT_INLINE void clear_columns(T* panel, int64_t rows, int64_t ld, int64_t from
 constexpr int64_t kShortTokens = 256;
 constexpr int64_t kGroupTokens = 64;
 constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kBlockLd = kBlockTokens + 16;  // not a power of two: rows would share cache sets
 
 template <class T, int VB>
 struct Groups {
@@ -267,5 +268,22 @@ struct Parts {
 
 // Parts with partial sums of their own: enough for many threads, few enough to add up.
 SHVIT_INLINE Parts reduction_parts(int64_t n) { return {n, min64(n, min64(max64(8, n / 8), 64))}; }
+
+// The first D rows times the scale of the logits.
+template <class T>
+SHVIT_INLINE void scale_rows(const Sizes& s, double scale, int64_t columns, int64_t ld, T* rows) {
+  const T factor = static_cast<T>(scale);
+  for (int64_t d = 0; d < s.D; ++d)
+    for (int64_t t = 0; t < columns; ++t) rows[d * ld + t] *= factor;
+}
+
+// qkv = W z + b, with the scale of the logits in q.
+template <class T, int VB>
+SHVIT_INLINE void project(const Sizes& s, const void* weight, const void* bias, double scale, int64_t columns,
+                          int64_t ld, const T* z, T* qkv) {
+  gemm<T, VB>(s.O(), columns, s.P, {static_cast<const T*>(weight), s.P, 1}, z, ld, qkv, ld,
+              bias ? Init::kBias : Init::kZero, static_cast<const T*>(bias));
+  scale_rows(s, scale, columns, ld, qkv);
+}
 
 }  // namespace

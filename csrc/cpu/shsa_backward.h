@@ -22,7 +22,6 @@ struct ShsaBackward {
   using Params = shvit::ShsaBackwardParams;
   using V = Vec<T, VB>;
   static constexpr int W = kLanes<T, VB>;
-  static constexpr int64_t kBlockLd = kBlockTokens + 16;
 
   static bool is_short(const Sizes& s) { return s.N <= kShortTokens; }
   static int64_t blocks(const Sizes& s) { return ceil_div(s.N, kBlockTokens); }
@@ -87,10 +86,10 @@ struct ShsaBackward {
     Bump bump;
     T* partial_matrices;
     double* partial_vectors;
-    NormSums* sums;
-    T* dq_parts;
-    char* panels;
-    int64_t panels_bytes;
+    NormSums* sums = nullptr;
+    T* dq_parts = nullptr;
+    char* panels = nullptr;
+    int64_t panels_bytes = 0;
     Workspace(void* base, const Sizes& s)
         : bump(base),
           partial_matrices(bump.take<T>(total_parts(s) * Partials::matrix(s))),
@@ -203,18 +202,6 @@ struct ShsaBackward {
     }
   }
 
-  static void project(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv) {
-    const Sizes& s = a.sizes;
-    gemm<T, VB>(s.O(), columns, s.P, {typed(a.qkv_weight), s.P, 1}, z, ld, qkv, ld,
-                a.qkv_bias ? Init::kBias : Init::kZero, typed(a.qkv_bias));
-    scale_rows(a, columns, ld, qkv);
-  }
-  static void scale_rows(const Params& a, int64_t columns, int64_t ld, T* rows) {
-    const T scale = static_cast<T>(a.scale);
-    for (int64_t d = 0; d < a.sizes.D; ++d)
-      for (int64_t t = 0; t < columns; ++t) rows[d * ld + t] *= scale;
-  }
-
   // All queries of a panel against one block of keys: adds to dk and dv of the keys and to dq [queries, D].
   // `first` starts the sums of dk and dv, `first_dq` those of dq.
   struct Queries {  // delta is null where the block holds all keys
@@ -318,7 +305,7 @@ struct ShsaBackward {
       load_z(a, first + i, 0, s.N, ld, scratch.normal + column, scratch.z + column);
       load_dout(a, first + i, 0, s.N, ld, scratch.y + column, panels.dout + column, panels.delta + column);
     }
-    project(a, columns, ld, scratch.z, panels.qkv);
+    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, columns, ld, scratch.z, panels.qkv);
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance, offset = (first + i) * s.N;
       const T* qkv = panels.qkv + column;
@@ -333,7 +320,7 @@ struct ShsaBackward {
       });
       clear_columns(dqkv, s.O(), ld, s.N, groups.distance);
     }
-    scale_rows(a, columns, ld, panels.dqkv);
+    scale_rows(s, a.scale, columns, ld, panels.dqkv);
     project_backward(a, columns, ld, panels.dqkv, scratch.z, panels.dz, scratch, partials);
     if (!needs_z(a)) return;
     for (int64_t i = 0; i < images; ++i) {
@@ -356,7 +343,7 @@ struct ShsaBackward {
     const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
     const Panels panels = workspace.block(s, image, block);
     load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
-    project(a, n, kBlockLd, scratch.z, panels.qkv);
+    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, n, kBlockLd, scratch.z, panels.qkv);
     load_dout(a, image, token, n, kBlockLd, scratch.y, panels.dout, panels.delta);
   }
 
@@ -408,7 +395,7 @@ struct ShsaBackward {
       }
       transpose(dq, d_ld, n, s.D, panels.dqkv, kBlockLd);
       clear_columns(panels.dqkv, s.O(), kBlockLd, n, round_up(n, kColumnStep<T, VB>));
-      scale_rows(a, n, kBlockLd, panels.dqkv);
+      scale_rows(s, a.scale, n, kBlockLd, panels.dqkv);
       if (a.dqkv_weight || a.norm_weight) load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
       project_backward(a, n, kBlockLd, panels.dqkv, scratch.z, panels.dz, scratch, partials);
       if (needs_z(a) && a.norm_weight)

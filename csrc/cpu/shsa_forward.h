@@ -65,7 +65,6 @@ struct ShsaForward {
   static constexpr int W = kLanes<T, VB>;
 
   static int64_t blocks(const Sizes& s) { return ceil_div(s.N, kBlockTokens); }
-  static constexpr int64_t kBlockLd = kBlockTokens + 16;  // not a power of two: rows would share cache sets
 
   struct Scratch {
     Bump bump;
@@ -142,17 +141,6 @@ struct ShsaForward {
     }
   }
 
-  // qkv = W z + b, with the scale of the logits in q.
-  static void project(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv) {
-    const Sizes& s = a.sizes;
-    const T* bias = static_cast<const T*>(a.qkv_bias);
-    gemm<T, VB>(s.O(), columns, s.P, {static_cast<const T*>(a.qkv_weight), s.P, 1}, z, ld, qkv, ld,
-                bias ? Init::kBias : Init::kZero, bias);
-    const T scale = static_cast<T>(a.scale);
-    for (int64_t d = 0; d < s.D; ++d)
-      for (int64_t t = 0; t < columns; ++t) qkv[d * ld + t] *= scale;
-  }
-
   // Divide by the sums and store a block of queries.
   static void finish_queries(const Params& a, int64_t image, int64_t token, int64_t queries,
                              const QueryState<T>& state) {
@@ -198,7 +186,7 @@ struct ShsaForward {
       const Moments m = a.norm_weight ? panel_moments<VB>(z, s.P, s.N, ld) : Moments{};
       normalise_panel(a, first + i, m, s.N, z, ld, true);
     }
-    project(a, images * groups.distance, ld, scratch.z, scratch.qkv);
+    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, images * groups.distance, ld, scratch.z, scratch.qkv);
     for (int64_t i = 0; i < images; ++i) {
       const T* qkv = scratch.qkv + i * groups.distance;
       for (int64_t t = 0; t < s.N; t += kQueryColumns) {
@@ -229,7 +217,8 @@ struct ShsaForward {
     if (a.norm_weight)
       for (int64_t i = 0; i < blocks(s); ++i) m.merge(workspace.moments[image * blocks(s) + i]);
     normalise_panel(a, image, m, n, scratch.z, kBlockLd, block == 0);
-    project(a, n, kBlockLd, scratch.z, workspace.qkv + task_offset(s, image, block));
+    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, n, kBlockLd, scratch.z,
+                   workspace.qkv + task_offset(s, image, block));
   }
 
   static int64_t task_offset(const Sizes& s, int64_t image, int64_t block) {
