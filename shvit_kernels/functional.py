@@ -44,7 +44,8 @@ def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for ``x``; float64 is left alone."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    known = x.is_cpu or torch.amp.is_autocast_available(device)  # asking costs more than the rest
+    return known and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
