@@ -66,7 +66,7 @@ def run(
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _environment.cpu(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "instruction_set": _environment.instruction_set(),
         "versions": _environment.versions(),
         "backend": backends.choose(torch.empty(1, 1, 1, 1), None).name,
