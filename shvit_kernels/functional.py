@@ -11,15 +11,11 @@ from . import backends
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
 def _check_input(x: Tensor, pdim: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor [B, C, H, W], got {type(x).__name__}")
     if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions [B, C, H, W], got {x.dim()}: {_describe(x)}")
+        raise ValueError(f"x must have 4 dimensions [B, C, H, W], got {x.dim()}: a tensor of shape {tuple(x.shape)}")
     if x.dtype not in _FLOATING:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if not 1 <= pdim <= x.shape[1]:
@@ -39,6 +35,14 @@ def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x:
         raise TypeError(f"{name} must have the dtype of x outside autocast: {name} is {value.dtype}, x is {x.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x: {name} is on {value.device}, x is on {x.device}")
+
+
+def _check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, pdim: int, x: Tensor, autocast: bool) -> None:
+    _check_parameter("norm_weight", norm_weight, (pdim,), x, autocast)
+    _check_parameter("norm_bias", norm_bias, (pdim,), x, autocast)
+    if norm_bias is not None and norm_weight is None:
+        given = f"a tensor of shape {tuple(norm_bias.shape)}"
+        raise ValueError(f"norm_bias needs norm_weight, got norm_weight None and norm_bias {given}")
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -110,7 +114,8 @@ def shsa(
     if not isinstance(qkv_weight, Tensor):
         raise TypeError(f"qkv_weight must be a tensor [2 * qk_dim + P, P], got {type(qkv_weight).__name__}")
     if qkv_weight.dim() != 2:
-        raise ValueError(f"qkv_weight must have 2 dimensions [2 * qk_dim + P, P], got {_describe(qkv_weight)}")
+        given = f"a tensor of shape {tuple(qkv_weight.shape)}"
+        raise ValueError(f"qkv_weight must have 2 dimensions [2 * qk_dim + P, P], got {given}")
     if isinstance(qk_dim, bool) or not isinstance(qk_dim, (int, torch.SymInt)):
         raise TypeError(f"qk_dim must be an int, got {qk_dim!r}")
     if qk_dim < 1:
@@ -122,10 +127,7 @@ def shsa(
     O = 2 * qk_dim + P
     _check_parameter("qkv_weight", qkv_weight, (O, P), x, autocast)
     _check_parameter("qkv_bias", qkv_bias, (O,), x, autocast)
-    _check_parameter("norm_weight", norm_weight, (P,), x, autocast)
-    _check_parameter("norm_bias", norm_bias, (P,), x, autocast)
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"norm_bias needs norm_weight, got norm_weight None and norm_bias {_describe(norm_bias)}")
+    _check_norm(norm_weight, norm_bias, P, x, autocast)
     if autocast:
         norm_weight, norm_bias, qkv_weight, qkv_bias = (
             t if t is None else t.to(dtype) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias)
@@ -171,10 +173,7 @@ def partial_moments(
         raise TypeError(f"pdim must be an int, got {pdim!r}")
     _check_input(x, pdim)
     dtype = _autocast_dtype(x)
-    _check_parameter("norm_weight", norm_weight, (pdim,), x, dtype is not None)
-    _check_parameter("norm_bias", norm_bias, (pdim,), x, dtype is not None)
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError(f"norm_bias needs norm_weight, got norm_weight None and norm_bias {_describe(norm_bias)}")
+    _check_norm(norm_weight, norm_bias, pdim, x, dtype is not None)
     if dtype is not None:
         norm_weight, norm_bias = (t if t is None else t.to(dtype) for t in (norm_weight, norm_bias))
     mean, cov = backends.choose(x, backend).partial_moments(x, norm_weight, norm_bias, pdim, norm_eps)

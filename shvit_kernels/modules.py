@@ -305,6 +305,5 @@ class SHSA(nn.Module):
         B, _, H, W = x.shape
         x1, x2 = torch.split(x, [self.pdim, self.dim - self.pdim], dim=1)
         qkv = self.qkv(self.pre_norm(x1)).flatten(2)
-        q, k, v = torch.split(qkv, [self.qk_dim, self.qk_dim, self.pdim], dim=1)
-        attn = (q.transpose(-2, -1) @ k * self.scale).softmax(dim=-1)
-        return torch.cat([(v @ attn.transpose(-2, -1)).reshape(B, self.pdim, H, W), x2], dim=1)
+        y1 = backends.eager.attention(qkv, self.qk_dim, self.scale)
+        return torch.cat([y1.reshape(B, self.pdim, H, W), x2], dim=1)

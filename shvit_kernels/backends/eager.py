@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import memory_format
+from ..ops import memory_format, sum_dtype
 
 name = "eager"
 
@@ -29,6 +29,13 @@ def _full_precision(x: Tensor):
 
 def _as(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def attention(qkv: Tensor, qk_dim: int, scale: float) -> Tensor:
+    """``v softmax(scale * q^T k)^T``, ``[B, P, N]``, of a projection ``[B, 2 * D + P, N]``."""
+    q, k, v = torch.split(qkv, [qk_dim, qk_dim, qkv.shape[1] - 2 * qk_dim], dim=1)
+    attn = (q.transpose(-2, -1) @ k * scale).softmax(dim=-1)
+    return v @ attn.transpose(-2, -1)
 
 
 def shsa(
@@ -52,9 +59,7 @@ def shsa(
         x1, x2 = torch.split(x, [P, C - P], dim=1)
         z = x1 if norm_weight is None else torch.group_norm(x1, 1, norm_weight, norm_bias, norm_eps)
         qkv = F.conv2d(z, qkv_weight[:, :, None, None], qkv_bias).flatten(2)
-        q, k, v = torch.split(qkv, [qk_dim, qk_dim, P], dim=1)
-        attn = (q.transpose(-2, -1) @ k * scale).softmax(dim=-1)
-        y1 = (v @ attn.transpose(-2, -1)).reshape(B, P, H, W)
+        y1 = attention(qkv, qk_dim, scale).reshape(B, P, H, W)
         y = torch.cat([y1, x2], dim=1).contiguous(memory_format=memory_format(x))
         return F.relu(y) if relu else y
 
@@ -63,7 +68,7 @@ def partial_moments(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, pdim: int, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased covariance of the normalised first ``pdim`` channels, over images and tokens."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = sum_dtype(x.dtype)
     with _full_precision(x):
         norm_weight, norm_bias = _as(dtype, norm_weight, norm_bias)
         z = x[:, :pdim].to(dtype)
@@ -95,7 +100,7 @@ def fold(
     for name, value in given.items():
         if value is not None and value.shape != weight.shape[:1]:  # a single value would be broadcast
             raise ValueError(f"{name} must have shape ({weight.shape[0]},), got {tuple(value.shape)}")
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = sum_dtype(weight.dtype)
     dtype = weight.dtype
     weight, bias, bn_weight, bn_bias, mean, variance = _as(wide, weight, bias, bn_weight, bn_bias, mean, variance)
     factor = (variance + eps).rsqrt()
@@ -119,7 +124,7 @@ def shsa_train(
     *settings: float | bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``shsa`` with the projection batch-normalised by its own statistics: y, and the projection's mean, variance."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = weight.to(sum_dtype(weight.dtype))
     z_mean, z_cov = partial_moments(x, norm_weight, norm_bias, weight.shape[1], norm_eps)
     mean, variance = batch_statistics(wide, z_mean, z_cov)
     qkv_weight, qkv_bias = fold(wide, None, bn_weight, bn_bias, mean, variance, bn_eps)

@@ -1,7 +1,6 @@
 """The ``cpu`` backend: C++ kernels of the native library, called through the operators of ``ops``."""
 
 import importlib
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ name = "cpu"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-@cache
-def load() -> str | None:
-    """Load the native library once. None, or the sentence that says why it is missing."""
+def _load() -> str | None:
+    """Load the native library. None, or the sentence that says why it is missing."""
     try:
         importlib.import_module("shvit_kernels._native")
     except ModuleNotFoundError:
@@ -37,7 +35,7 @@ def instruction_sets() -> list[str]:
     return torch.ops.shvit_kernels_native.instruction_sets().split()
 
 
-_missing = load()
+_missing = _load()
 
 
 def why_unavailable() -> str | None:
