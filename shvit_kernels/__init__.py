@@ -2,7 +2,7 @@
 
 from .accelerate import accelerate
 from .backends import use_backend
-from .functional import partial_moments, shsa
+from .functional import partial_moments, shsa, shsa_mixer
 from .models import SHViT, create_model, list_models, load_checkpoint, shvit_s1, shvit_s2, shvit_s3, shvit_s4
 from .modules import SHSA
 
@@ -17,6 +17,7 @@ __all__ = [
     "load_checkpoint",
     "partial_moments",
     "shsa",
+    "shsa_mixer",
     "shvit_s1",
     "shvit_s2",
     "shvit_s3",

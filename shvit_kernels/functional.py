@@ -67,6 +67,40 @@ def tf32(x: Tensor) -> tuple[bool, bool]:
     )
 
 
+def _checked(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qk_dim: int,
+    **others: tuple[Tensor | None, int],
+) -> list[Tensor | None]:
+    """Norm and projection, then ``others`` (a tensor, and how many of its dimensions have C values), checked and cast
+    for autocast."""
+    if not isinstance(qkv_weight, Tensor):
+        raise TypeError(f"qkv_weight must be a tensor [2 * qk_dim + P, P], got {type(qkv_weight).__name__}")
+    if qkv_weight.dim() != 2:
+        given = f"a tensor of shape {tuple(qkv_weight.shape)}"
+        raise ValueError(f"qkv_weight must have 2 dimensions [2 * qk_dim + P, P], got {given}")
+    if isinstance(qk_dim, bool) or not isinstance(qk_dim, (int, torch.SymInt)):
+        raise TypeError(f"qk_dim must be an int, got {qk_dim!r}")
+    if qk_dim < 1:
+        raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
+    P = qkv_weight.shape[1]
+    _check_input(x, P)
+    dtype = _autocast_dtype(x)
+    autocast = dtype is not None
+    O = 2 * qk_dim + P
+    _check_parameter("qkv_weight", qkv_weight, (O, P), x, autocast)
+    _check_parameter("qkv_bias", qkv_bias, (O,), x, autocast)
+    _check_norm(norm_weight, norm_bias, P, x, autocast)
+    for name, (value, dimensions) in others.items():
+        _check_parameter(name, value, (x.shape[1],) * dimensions, x, autocast)
+    tensors = [norm_weight, norm_bias, qkv_weight, qkv_bias, *(value for value, _ in others.values())]
+    return [t if t is None else t.to(dtype) for t in tensors] if autocast else tensors
+
+
 def shsa(
     x: Tensor,
     qkv_weight: Tensor,
@@ -111,27 +145,7 @@ def shsa(
         ValueError: if shapes or devices do not fit, ``qk_dim < 1``, or the named backend is unknown or cannot run
             the call; the message names the argument and both values.
     """
-    if not isinstance(qkv_weight, Tensor):
-        raise TypeError(f"qkv_weight must be a tensor [2 * qk_dim + P, P], got {type(qkv_weight).__name__}")
-    if qkv_weight.dim() != 2:
-        given = f"a tensor of shape {tuple(qkv_weight.shape)}"
-        raise ValueError(f"qkv_weight must have 2 dimensions [2 * qk_dim + P, P], got {given}")
-    if isinstance(qk_dim, bool) or not isinstance(qk_dim, (int, torch.SymInt)):
-        raise TypeError(f"qk_dim must be an int, got {qk_dim!r}")
-    if qk_dim < 1:
-        raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
-    P = qkv_weight.shape[1]
-    _check_input(x, P)
-    dtype = _autocast_dtype(x)
-    autocast = dtype is not None
-    O = 2 * qk_dim + P
-    _check_parameter("qkv_weight", qkv_weight, (O, P), x, autocast)
-    _check_parameter("qkv_bias", qkv_bias, (O,), x, autocast)
-    _check_norm(norm_weight, norm_bias, P, x, autocast)
-    if autocast:
-        norm_weight, norm_bias, qkv_weight, qkv_bias = (
-            t if t is None else t.to(dtype) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias)
-        )
+    norm_weight, norm_bias, qkv_weight, qkv_bias = _checked(x, qkv_weight, qkv_bias, norm_weight, norm_bias, qk_dim)
     if scale is None:
         scale = qk_dim**-0.5
     return backends.choose(x, backend).shsa(
@@ -178,3 +192,50 @@ def partial_moments(
         norm_weight, norm_bias = (t if t is None else t.to(dtype) for t in (norm_weight, norm_bias))
     mean, cov = backends.choose(x, backend).partial_moments(x, norm_weight, norm_bias, pdim, norm_eps)
     return x.shape[0] * x.shape[2] * x.shape[3], mean, cov
+
+
+def shsa_mixer(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    *,
+    qk_dim: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The whole residual layer of a block, for inference (SHViT, figure 4)::
+
+        x + proj_weight @ max(shsa(x), 0) + proj_bias         # per token
+
+    Args:
+        proj_weight: ``[C, C]``, with any batch normalisation folded in.
+        proj_bias: ``[C]``, or None for zeros.
+        x, qkv_weight, qkv_bias, qk_dim, norm_weight, norm_bias, norm_eps, scale, backend: as for :func:`shsa`.
+
+    Returns:
+        A tensor with the shape, dtype and memory format of ``x``. Where gradients are asked for, the attention is
+        :func:`shsa` and the projection PyTorch's.
+
+    Raises:
+        TypeError, ValueError: as :func:`shsa` does.
+    """
+    if not isinstance(proj_weight, Tensor):
+        raise TypeError(f"proj_weight must be a tensor [C, C], got {type(proj_weight).__name__}")
+    parameters = _checked(
+        x,
+        qkv_weight,
+        qkv_bias,
+        norm_weight,
+        norm_bias,
+        qk_dim,
+        proj_weight=(proj_weight, 2),
+        proj_bias=(proj_bias, 1),
+    )
+    if scale is None:
+        scale = qk_dim**-0.5
+    return backends.choose(x, backend).shsa_mixer(x, *parameters, qk_dim, norm_eps, scale, *tf32(x))

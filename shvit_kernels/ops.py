@@ -1,13 +1,15 @@
 """The operators behind ``shvit_kernels.functional``: schemas, fake kernels and autograd, once for every family.
 
-A *family* is a set of kernels with one schema: ``native`` (C++, CPU). For a family X there are
+A *family* is a set of kernels with one schema: ``native`` (C++ on CPUs, CUDA C++ on GPUs) and ``triton``. For a family
+X there are
 
     shsa_forward_X, shsa_backward_X                         attention over the first P channels
     partial_moments_forward_X, partial_moments_backward_X   moments of the normalised first P channels
     shsa_train_forward_X, shsa_train_backward_X             moments, fold of the batch normalisation, attention
     shsa_eval_X                                             fold of the running statistics (if any), attention
+    shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
 
-No Python runs below them. They are private: validation and the choice of a family happen in ``functional``; autograd
+They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
 keep that format; gradients that were not asked for come back with size [0].
 """
@@ -40,6 +42,8 @@ _SCHEMAS = (
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"shsa_eval_X(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
     f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
+    f"shsa_mixer_X(Tensor x, {_NORM}, {_QKV}, Tensor proj_weight, Tensor? proj_bias, int qk_dim, float norm_eps, "
+    "float scale, bool tf32_proj, bool tf32_attn) -> Tensor",
 )
 
 _library = torch.library.Library("shvit_kernels", "DEF")
@@ -117,7 +121,7 @@ def _fake_train_backward(dy, y, *rest):
     return dx, *_fake_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
 
 
-def _fake_eval(x, *rest):
+def _fake_image(x, *rest):
     return _empty_image(x, x.shape[1])
 
 
@@ -128,7 +132,8 @@ _FAKES = {
     "partial_moments_backward": _fake_moments_backward,
     "shsa_train_forward": _fake_train,
     "shsa_train_backward": _fake_train_backward,
-    "shsa_eval": _fake_eval,
+    "shsa_eval": _fake_image,
+    "shsa_mixer": _fake_image,
 }
 
 
@@ -147,7 +152,7 @@ def _on_one_device(fake: Callable) -> Callable:
 FAMILIES: dict[str, dict[str, torch._ops.OpOverload]] = {}
 """The operators of each family by name, without the family's suffix."""
 
-for _family in ("native",):
+for _family in ("native", "triton"):
     FAMILIES[_family] = {}
     for _schema in _SCHEMAS:
         _library.define(_schema.replace("_X(", f"_{_family}("))

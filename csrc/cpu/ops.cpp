@@ -65,6 +65,15 @@ void set_instruction_set(std::string name) {
   STD_TORCH_CHECK(false, "instruction set '", name, "' cannot run here; these can: ", instruction_sets());
 }
 
+// The architectures of the CUDA kernels in this library, as in "80 90"; setup.py defines them.
+std::string cuda_architectures() {
+#ifdef SHVIT_CUDA_ARCHITECTURES
+  return SHVIT_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
 double fma_flops(int64_t repeats) { return current_variant().load()->fma_flops(repeats); }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -602,6 +611,7 @@ STABLE_TORCH_LIBRARY(shvit_kernels_native, m) {
   m.def("instruction_sets() -> str");
   m.def("set_instruction_set(str name) -> ()");
   m.def("fma_flops(int repeats) -> float");
+  m.def("cuda_architectures() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels_native, CompositeExplicitAutograd, m) {
@@ -609,4 +619,5 @@ STABLE_TORCH_LIBRARY_IMPL(shvit_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
   m.impl("set_instruction_set", TORCH_BOX(&set_instruction_set));
   m.impl("fma_flops", TORCH_BOX(&fma_flops));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }

@@ -5,7 +5,8 @@ A backend is a module with
     name                                 what users write
     why_unavailable()                    None, or one sentence: why it cannot run on this machine
     why_not(x)                           None, or one sentence: why it cannot run this call
-    shsa, partial_moments, shsa_train, shsa_eval   the functions, as ``eager`` defines them, on validated arguments
+    shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer
+                                         the functions, as ``eager`` defines them, on validated arguments
 """
 
 import difflib
@@ -18,11 +19,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager, native
+from . import cpu, cuda, eager, native, triton
 
 ENVIRONMENT_VARIABLE = "SHVIT_KERNELS_BACKEND"
 
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, eager)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, eager)}
 """Every backend by name, in the order of automatic choice."""
 
 # Read once: a look-up per call would cost as much as the rest of the choice.
@@ -58,7 +59,7 @@ class use_backend:
     """Run every call in this ``with`` block, in this thread, on one backend.
 
     Args:
-        name: ``"cpu"`` or ``"eager"`` (``shvit_kernels info`` lists them).
+        name: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"`` (``shvit_kernels info`` lists them).
 
     A ``backend=`` argument at a call wins over this, and this wins over the environment variable
     ``SHVIT_KERNELS_BACKEND``, which is read when the package is imported. ``torch.compile`` and ``torch.export``
@@ -113,6 +114,8 @@ def choose(x: Tensor, name: str | None) -> ModuleType:
     if is_traced_to_aten():
         return eager
     for backend in BACKENDS.values():
+        if backend is triton and triton.INTERPRETED:  # for tests and debugging: by name only
+            continue
         if backend.why_not(x) is None:
             break
     if backend is eager and x.is_cpu and native.why_unavailable() is not None and not torch.compiler.is_compiling():

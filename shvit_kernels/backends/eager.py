@@ -155,3 +155,29 @@ def fold_and(
 
 
 shsa_eval = partial(fold_and, shsa)
+
+
+def mix_after(
+    attend: Callable[..., Tensor],
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    scale: float,
+    tf32_proj: bool,
+    tf32_attn: bool,
+) -> Tensor:
+    """``attend``, a ``shsa``, with ReLU, then the projection ``[C, C]`` and the residual."""
+    settings = (qk_dim, norm_eps, scale, True, tf32_proj, tf32_attn)
+    y = attend(x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)
+    with _full_precision(x):
+        proj_weight, proj_bias = _as(x.dtype, proj_weight, proj_bias)
+        return x + F.conv2d(y, proj_weight[:, :, None, None], proj_bias)
+
+
+shsa_mixer = partial(mix_after, shsa)

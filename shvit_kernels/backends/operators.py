@@ -1,0 +1,65 @@
+"""The functions of a compiled backend, made once from the operators of its family (``ops``)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import ops
+from . import eager
+
+
+class Functions(NamedTuple):
+    """What a backend offers, on validated arguments; ``eager`` says what each computes."""
+
+    shsa: Callable[..., Tensor]
+    partial_moments: Callable[..., tuple[Tensor, Tensor]]
+    shsa_train: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    shsa_eval: Callable[..., Tensor]
+    shsa_mixer: Callable[..., Tensor]
+
+
+def _tracks_gradients(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:  # the autograd functions refuse tangents, bare operators would drop them
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def functions(family: str) -> Functions:
+    """The functions on the operators of a family: through autograd only where a gradient may be asked for."""
+    operators = ops.FAMILIES[family]
+    shsa_forward, moments_forward = operators["shsa_forward"], operators["partial_moments_forward"]
+    train_forward, evaluate, mix = operators["shsa_train_forward"], operators["shsa_eval"], operators["shsa_mixer"]
+
+    def shsa(x: Tensor, *rest) -> Tensor:
+        x = ops.readable(x)
+        if _tracks_gradients(x, *rest[:4]):
+            return ops.Shsa.apply(family, x, *rest)
+        return shsa_forward(x, *rest)[0]
+
+    def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+        x = ops.readable(x)
+        if _tracks_gradients(x, *rest[:2]):
+            return ops.PartialMoments.apply(family, x, *rest)
+        return moments_forward(x, *rest)[:2]
+
+    def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+        x = ops.readable(x)
+        if _tracks_gradients(x, *rest[:5]):
+            return ops.ShsaTrain.apply(family, x, *rest)
+        y, *_, mean, variance = train_forward(x, *rest)
+        return y, mean, variance
+
+    def shsa_eval(x: Tensor, *rest) -> Tensor:
+        if _tracks_gradients(x, *rest[:8]):
+            return eager.fold_and(shsa, x, *rest)
+        return evaluate(ops.readable(x), *rest)
+
+    def shsa_mixer(x: Tensor, *rest) -> Tensor:
+        if _tracks_gradients(x, *rest[:6]):
+            return eager.mix_after(shsa, x, *rest)
+        return mix(ops.readable(x), *rest)
+
+    return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer)
