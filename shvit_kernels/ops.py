@@ -152,13 +152,19 @@ def _on_one_device(fake: Callable) -> Callable:
 FAMILIES: dict[str, dict[str, torch._ops.OpOverload]] = {}
 """The operators of each family by name, without the family's suffix."""
 
+
+def define(family: str) -> None:
+    """Add a family: its operators, without kernels, and their fakes."""
+    for schema in _SCHEMAS:
+        _library.define(schema.replace("_X(", f"_{family}("))
+    FAMILIES[family] = {}
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"shvit_kernels::{name}_{family}", _on_one_device(fake), lib=_library)
+        FAMILIES[family][name] = getattr(torch.ops.shvit_kernels, f"{name}_{family}").default
+
+
 for _family in ("native", "triton"):
-    FAMILIES[_family] = {}
-    for _schema in _SCHEMAS:
-        _library.define(_schema.replace("_X(", f"_{_family}("))
-    for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"shvit_kernels::{_name}_{_family}", _on_one_device(_fake), lib=_library)
-        FAMILIES[_family][_name] = getattr(torch.ops.shvit_kernels, f"{_name}_{_family}").default
+    define(_family)
 
 
 class _Once(torch.autograd.Function):
