@@ -26,4 +26,26 @@ struct Precision {
 // The largest shared memory of a block on the current device, in bytes.
 int shared_memory_limit();
 
+// y = concat(softmax attention of the first P channels, the others), then ReLU. Images and parameters hold the
+// storage type, statistics float32; what is null is absent.
+struct ShsaForwardParams {
+  Sizes sizes;
+  Precision precision;
+  bool channels_last, relu;
+  bool statistics_given;  // mean and rstd are read, instead of being computed and written where not null
+  float norm_eps, bn_eps, scale;
+  const void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;  // [P], [P], [O, P], [O]
+  // Batch normalisation of the projection with these statistics [O]; none without bn_mean.
+  const void *bn_weight, *bn_bias;
+  const float *bn_mean, *bn_var;
+  void* y;
+  float *mean, *rstd, *row_max, *row_sum;  // [B], [B], [B, N], [B, N]
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// shsa_long.cu: any N, through q, k and v staged in a workspace of this many bytes
+
+size_t shsa_long_forward_workspace(const Sizes& sizes, Type type);
+const char* shsa_long_forward(const ShsaForwardParams& params, void* workspace, Type type, void* stream);
+
 }  // namespace shvit::cuda
