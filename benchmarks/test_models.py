@@ -5,4 +5,4 @@ SUITES = ["models"]
 
 def test_model(benchmark, case, contender):
     benchmark.group = case.id
-    benchmark(case.contenders[contender]())
+    benchmark(case.call(contender))

@@ -5,4 +5,4 @@ SUITES = ["op", "layer"]
 
 def test_shsa(benchmark, case, contender):
     benchmark.group = case.id
-    benchmark(case.contenders[contender]())
+    benchmark(case.call(contender))

@@ -12,7 +12,7 @@ import shvit_kernels
 from shvit_kernels import backends, demo
 from shvit_kernels.__main__ import main
 from shvit_kernels._randomise import randomise
-from shvit_kernels.bench.cases import cases
+from shvit_kernels.bench.cases import EAGER, FUSED, OURS, SUITES, cases
 from shvit_kernels.bench.costs import kept_activations
 from shvit_kernels.bench.timing import Spread, measure
 
@@ -176,10 +176,10 @@ def test_bench_refuses_bad_options(tmp_path):
 
 
 def test_contenders_of_a_case_compute_the_same():
-    for case in cases(["op", "layer", "models"], ["shvit_s1"]):
-        if case.shape[0] == 1:
-            ours, eager = (case.contenders[name]()() for name in ("shvit_kernels", "eager"))
-            torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)
+    for case in cases(SUITES, ["shvit_s1"], batches=[1]):
+        ours, eager, fused = (case.call(name)() for name in (OURS, EAGER, FUSED))
+        torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3)
 
 
 def test_flops_are_those_published():

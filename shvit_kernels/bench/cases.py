@@ -1,11 +1,12 @@
-"""The benchmark cases, defined once for the command line and for pytest-benchmark.
+"""The benchmark cases, defined once for the command line, for pytest-benchmark and for the run on a GPU.
 
-A case is a shape and a mode; its contenders compute the same from the same weights. To add a peer, add its factory in
-:func:`_contenders`.
+A case is a shape, a type and a mode; its contenders compute the same from the same weights. To add a peer, add it to
+:data:`CONTENDERS`.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -13,42 +14,146 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import backends, functional
 from .._randomise import randomise
 from ..models import create_model
 from ..models.shvit import IMAGE_SIZE, VARIANTS, Residual, SHViT
 from ..modules import SHSA
-from ..stock import with_stock_layers
+from ..stock import FusedAttentionSHSA, with_stock_layers
 from .timing import Call
 
 SUITES = {
     "op": "the attention alone, from the split of the channels to the ReLU",
+    "shsa": "the same as a function, on folded weights",
     "layer": "the SHSA layer with its residual",
+    "mixer": "the same as a function, on folded weights",
     "models": "whole models",
 }
-OURS, EAGER, COMPILE = "shvit_kernels", "eager", "torch.compile"
+OURS, EAGER, FUSED, COMPILE, AUTOTUNE, COPY = (
+    "shvit_kernels",
+    "eager",
+    "scaled_dot_product_attention",
+    "torch.compile",
+    "max-autotune",
+    "copy",
+)
 EVALUATION, TRAINING = "evaluation", "training"  # a training step: forward and backward
 BATCHES = (1, 16)
 QK_DIM = 16
 
+Shape = tuple[int, int, int, int]
+Step = Callable[[Tensor, Tensor], object]
+"""A call of a contender on an input and the gradient of its output (not used in evaluation)."""
+
+
+def _ours(module: nn.Module, mode: str) -> nn.Module:
+    return module
+
+
+def _stock(module: nn.Module, mode: str) -> nn.Module:
+    return with_stock_layers(module)
+
+
+def _fused(module: nn.Module, mode: str) -> nn.Module:
+    return with_stock_layers(module, FusedAttentionSHSA)
+
+
+def _compiled(module: nn.Module, mode: str, options: dict[str, bool] | None = None) -> nn.Module:
+    torch.compiler.reset()  # the limit of recompilations is per piece of code, and all cases share theirs
+    options = {**(options or {}), **({"freezing": True} if mode == EVALUATION else {})}
+    return torch.compile(with_stock_layers(module), options=options or None)
+
+
+def _autotuned(module: nn.Module, mode: str) -> nn.Module:
+    return _compiled(module, mode, torch._inductor.list_mode_options("max-autotune-no-cudagraphs"))
+
+
+class _Copy(nn.Module):
+    """What any kernel must move at least: reads the input once and writes as much."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(x)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How one competitor is made of our module, and the backend that it names, if any."""
+
+    make: Callable[[nn.Module, str], nn.Module]
+    backend: str | None = None
+
+    def context(self) -> AbstractContextManager:
+        """To be entered around calls."""
+        return backends.use_backend(self.backend) if self.backend else nullcontext()
+
+    def why_not(self, x: Tensor) -> str | None:
+        """Why it cannot run on ``x``, or None."""
+        return backends.get(self.backend).why_not(x) if self.backend else None
+
+
+CONTENDERS = {
+    OURS: Contender(_ours),
+    **{name: Contender(_ours, name) for name in ("cuda", "triton")},
+    EAGER: Contender(_stock),
+    FUSED: Contender(_fused),
+    COMPILE: Contender(_compiled),
+    AUTOTUNE: Contender(_autotuned),
+    COPY: Contender(lambda module, mode: _Copy()),
+}
+
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: ``contenders`` maps a name to a function that sets up and returns the call to be timed."""
+    """What is timed."""
 
     suite: str
     name: str
     mode: str
-    shape: tuple[int, int, int, int]
+    shape: Shape
     """Of the input: images, channels, height, width."""
+    dtype: torch.dtype
     flops: int
     """Floating-point operations of one call; a training step counts three times the forward."""
-    contenders: dict[str, Callable[[], Call]]
     module: Callable[[], nn.Module]
-    """Makes ours."""
+    """Makes ours, in float32 on the CPU."""
 
     @property
     def id(self) -> str:
-        return f"{self.suite}: {self.name}, {self.mode}, batch {self.shape[0]}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.suite}: {self.name}, {self.mode}, batch {self.shape[0]}, {dtype}"
+
+    def inputs(self, copies: int = 1, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+        """Inputs and gradients of the output, each copy with values and memory of its own."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw() -> Tensor:
+            return torch.randn(self.shape, generator=generator, dtype=self.dtype, device=device)
+
+        train = self.mode == TRAINING
+        return [(draw().requires_grad_(train), draw() if train else torch.empty(0)) for _ in range(copies)]
+
+    def step(self, contender: str, device: str = "cpu") -> Step:
+        """Sets up a contender; the call to be timed."""
+        module = CONTENDERS[contender].make(self.module().to(device, self.dtype), self.mode)
+        if self.mode == EVALUATION or contender == COPY:
+            module.eval()
+
+            def evaluate(x: Tensor, dy: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return module(x)
+
+            return evaluate
+
+        parameters = list(module.train().parameters())
+
+        def train(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(module(x), [x, *parameters], dy)
+
+        return train
+
+    def call(self, contender: str) -> Call:
+        """Sets up a contender on the CPU with one input."""
+        return partial(self.step(contender), *self.inputs()[0])
 
 
 def _attention(dim: int, pdim: int) -> nn.Module:
@@ -61,49 +166,42 @@ def _layer(dim: int, pdim: int) -> nn.Module:
     return Residual(SHSA(dim, QK_DIM, pdim))
 
 
+class _Function(nn.Module):
+    """The only SHSA layer of ``module``, fused for evaluation and called as a function; stock layers run as layers."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.eval()
+        layer = next(m for m in module.modules() if isinstance(m, SHSA))
+        layer.qkv = layer.qkv.fuse()
+        for i in range(1, len(layer.proj)):
+            layer.proj[i] = layer.proj[i].fuse()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if type(layer) is not SHSA:
+            return self.module(x)
+        norm, qkv = layer.pre_norm, layer.qkv
+        settings = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps, "qk_dim": layer.qk_dim}
+        weight = qkv.weight.flatten(1)
+        if len(layer.proj) == 1:
+            return functional.shsa(x, weight, qkv.bias, **settings, relu=True)
+        proj = layer.proj[1]
+        return functional.shsa_mixer(x, weight, qkv.bias, proj.weight.flatten(1), proj.bias, **settings)
+
+
+_BUILDERS = {"op": _attention, "shsa": _attention, "layer": _layer, "mixer": _layer}
+_AS_FUNCTIONS = ("shsa", "mixer")
+_TRAINED = ("op", "layer")
+
+
 def _with_weights(module: nn.Module, channels: int) -> nn.Module:
     if isinstance(module, SHViT):
         return randomise(module, seed=0)
     # `randomise` shows images of 128 x 128 pixels; this makes a feature map of 8 x 8 of them.
     randomise(nn.Sequential(nn.Conv2d(channels, channels, 1, stride=16), module), seed=0)
     return module
-
-
-def _call(module: nn.Module, shape: tuple[int, ...], mode: str) -> Call:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    if mode == EVALUATION:
-        module.eval()
-
-        def evaluate() -> Tensor:
-            with torch.no_grad():
-                return module(x)
-
-        return evaluate
-
-    module.train()
-    x.requires_grad_()
-    wanted = [x, *module.parameters()]
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(module(x), wanted, dy)
-
-    return step
-
-
-def _contenders(module: Callable[[], nn.Module], shape: tuple[int, ...], mode: str) -> dict[str, Callable[[], Call]]:
-    def ours() -> Call:
-        return _call(module(), shape, mode)
-
-    def stock() -> nn.Module:
-        return with_stock_layers(module())
-
-    def compiled() -> Call:
-        torch.compiler.reset()  # the limit of recompilations is per piece of code, and all cases share theirs
-        options = {"freezing": True} if mode == EVALUATION else None
-        return _call(torch.compile(stock(), options=options), shape, mode)
-
-    return {OURS: ours, EAGER: lambda: _call(stock(), shape, mode), COMPILE: compiled}
 
 
 def _flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
@@ -114,7 +212,7 @@ def _flops(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def _stages(variants: list[str]) -> Iterator[tuple[str, int, int, int]]:
+def _stages(variants: Iterable[str]) -> Iterator[tuple[str, int, int, int]]:
     """Name, channels, partial channels and side of each attention stage; a shape that occurs twice comes once."""
     seen = set()
     for variant in variants:
@@ -127,34 +225,54 @@ def _stages(variants: list[str]) -> Iterator[tuple[str, int, int, int]]:
                 yield f"{variant} stage {i + 1}", *shape
 
 
-def cases(suites: list[str], variants: list[str]) -> list[Case]:
-    """The cases of these suites (:data:`SUITES`) at the shapes of these models."""
-    found = []
+def _of_module(
+    suite: str,
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    batches: Iterable[int],
+    dtypes: Iterable[torch.dtype],
+) -> Iterator[Case]:
+    """The cases of one module and one shape of image, in every mode, batch and type; they share its weights."""
+    flops = _flops(build, (1, *shape))
 
-    def add(suite: str, name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], modes: list[str]) -> None:
-        flops = _flops(build, (1, *shape))
+    @cache
+    def original() -> nn.Module:
+        module = _with_weights(build(), shape[0])
+        return _Function(module) if suite in _AS_FUNCTIONS else module
 
-        @cache
-        def original() -> nn.Module:
-            return _with_weights(build(), shape[0])
+    def module() -> nn.Module:
+        return copy.deepcopy(original())
 
-        def module() -> nn.Module:
-            return copy.deepcopy(original())
-
-        for mode in modes:
-            for batch in BATCHES:
-                full = (batch, *shape)
+    for mode in (EVALUATION, TRAINING) if suite in _TRAINED else (EVALUATION,):
+        for batch in batches:
+            for dtype in dtypes:
                 total = batch * flops * (3 if mode == TRAINING else 1)
-                found.append(Case(suite, name, mode, full, total, _contenders(module, full, mode), module))
+                yield Case(suite, name, mode, (batch, *shape), dtype, total, module)
 
+
+def cases(
+    suites: Iterable[str],
+    variants: Iterable[str],
+    batches: Iterable[int] = BATCHES,
+    dtypes: Iterable[torch.dtype] = (torch.float32,),
+    sides: Iterable[tuple[int, int]] = (),
+) -> list[Case]:
+    """The cases of these suites (:data:`SUITES`) at the shapes of these models.
+
+    ``sides``, where given, are the height and width of the feature maps instead of the published ones.
+    """
+    found = []
     for suite in suites:
         if suite == "models":
             for variant in variants:
                 side = IMAGE_SIZE[variant]
-                add(suite, variant, partial(create_model, variant), (3, side, side), [EVALUATION])
+                build = partial(create_model, variant)
+                found += _of_module(suite, variant, build, (3, side, side), batches, dtypes)
             continue
-        make = _attention if suite == "op" else _layer
         for name, dim, pdim, side in _stages(variants):
-            label = f"{name} ({dim} channels, {pdim} partial, {side}x{side})"
-            add(suite, label, partial(make, dim, pdim), (dim, side, side), [EVALUATION, TRAINING])
+            for height, width in sides or ((side, side),):
+                label = f"{name} ({dim} channels, {pdim} partial, {height}x{width})"
+                build = partial(_BUILDERS[suite], dim, pdim)
+                found += _of_module(suite, label, build, (dim, height, width), batches, dtypes)
     return found

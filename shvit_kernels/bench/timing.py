@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from statistics import quantiles
 
 import torch
@@ -39,21 +40,28 @@ def _seconds(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(calls: dict[str, Call], rounds: int, after_round: Call = lambda: None) -> dict[str, list[float]]:
-    """Seconds per call of each contender in each round. The order within a round moves on by one every round."""
-    repeats = {}
-    for name, call in calls.items():
-        call()  # the first call allocates, compiles and chooses algorithms
-        call()
-        repeats[name] = math.ceil(SHORTEST_SAMPLE / _seconds(call, 1))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+def interleave(
+    samplers: dict[str, Callable[[], float]], rounds: int, after_round: Call = lambda: None
+) -> dict[str, list[float]]:
+    """What each sampler gives in each round. The order within a round moves on by one every round."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    names = list(samplers)
     for _ in range(rounds):
         for name in names:
-            samples[name].append(_seconds(calls[name], repeats[name]))
+            samples[name].append(samplers[name]())
         names.append(names.pop(0))
         after_round()
     return samples
+
+
+def measure(calls: dict[str, Call], rounds: int, after_round: Call = lambda: None) -> dict[str, list[float]]:
+    """Seconds per call of each contender in each round."""
+    samplers = {}
+    for name, call in calls.items():
+        call()  # the first call allocates, compiles and chooses algorithms
+        call()
+        samplers[name] = partial(_seconds, call, math.ceil(SHORTEST_SAMPLE / _seconds(call, 1)))
+    return interleave(samplers, rounds, after_round)
 
 
 def peak(threads: int) -> tuple[str, float]:
