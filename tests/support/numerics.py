@@ -13,8 +13,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shvit_kernels.backends import triton
+
 Results = dict[str, Tensor]
 """Outputs by name, and gradients by the name of the input with a ``d`` in front."""
+
+
+def device_of(backend: str) -> str:
+    """The kind of device on which the tests run a backend."""
+    on_gpu = backend == "cuda" or (backend == "triton" and not triton.INTERPRETED)
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """``t`` on a device, with its strides and the memory around it."""
+    if t.device.type == device:
+        return t
+    whole = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -26,20 +42,24 @@ class Call:
     inputs: dict[str, Tensor | None]
     upstream: Results
     autocast: bool = False
-    """Run under CPU autocast in bfloat16, to which every input but ``x`` is then rounded."""
+    """Run under autocast in bfloat16, to which every input but ``x`` is then rounded."""
 
     def run(self, backend: str, needs: tuple[str, ...] | None = None) -> Results:
         """Outputs, and the gradients of the inputs in ``needs`` (by default of all) as they come from one backward."""
         needs = [name for name, t in self.inputs.items() if t is not None and (needs is None or name in needs)]
-        inputs = {k: t if t is None else t.detach().requires_grad_(k in needs) for k, t in self.inputs.items()}
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+        device = device_of(backend)
+        inputs = {
+            k: t if t is None else moved(t.detach(), device).requires_grad_(k in needs) for k, t in self.inputs.items()
+        }
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
             outputs = self.function(**inputs, backend=backend)
         results = {k: t.detach() for k, t in outputs.items()}
         if needs:
             differentiated = [outputs[k] for k in self.upstream]
-            grads = torch.autograd.grad(differentiated, [inputs[k] for k in needs], list(self.upstream.values()))
+            upstream = [moved(t, device) for t in self.upstream.values()]
+            grads = torch.autograd.grad(differentiated, [inputs[k] for k in needs], upstream)
             results |= {f"d{k}": g for k, g in zip(needs, grads, strict=True)}
-        return results
+        return {k: t.cpu() for k, t in results.items()}
 
     @property
     def rounded_by_autocast(self) -> set[str]:

@@ -1,10 +1,17 @@
-"""The ``triton`` backend: kernels for every GPU that Triton reaches."""
+"""The ``triton`` backend: kernels for every GPU that Triton reaches.
+
+Each module of kernels has ``OPERATORS``: the operators of ``ops`` that it implements, by name without the family.
+"""
 
 import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ... import ops
 from .. import operators
 
 name = "triton"
@@ -13,14 +20,53 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets the kernels, which then take CPU tensors: for tests and debugging."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MODULES = ("forward",)
+_LEAST_CAPABILITY = (8, 0)
+
+_missing = None if find_spec("triton") else "the package triton is not installed"
+
+
+def _register() -> None:
+    keys = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+    for module in _MODULES:
+        for operator, function in import_module(f".{module}", __name__).OPERATORS.items():
+            for key in keys:
+                ops._library.impl(f"{operator}_triton", function, key)
+
+
+if _missing is None:
+    _register()
+
+
+@cache
+def _why_not_on(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        least, own = (".".join(map(str, c)) for c in (_LEAST_CAPABILITY, capability))
+        return f"Triton needs compute capability {least} and {torch.cuda.get_device_name(device)} has {own}"
+    return None
 
 
 def why_unavailable() -> str | None:
-    return "its kernels are not written yet"
+    if _missing is not None or INTERPRETED:
+        return _missing
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return _why_not_on(torch.cuda.current_device())
 
 
 def why_not(x: Tensor) -> str | None:
-    return why_unavailable()
+    if _missing is not None:
+        return _missing
+    if x.is_cuda:
+        reason = None if INTERPRETED else _why_not_on(x.device.index)
+    elif x.is_cpu and INTERPRETED:
+        reason = None
+    else:
+        reason = f"it runs on cuda tensors and x is on {x.device}"
+    if reason is None and x.dtype not in _DTYPES:
+        return f"it has kernels for float16, bfloat16 and float32 and x is {x.dtype}"
+    return reason
 
 
 shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer = operators.functions("triton")

@@ -1,0 +1,80 @@
+"""What all Triton kernels share: helpers inside kernels, then helpers of their launchers."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only such globals
+
+
+# Inside kernels
+
+
+@triton.jit
+def dot(a, b, precision: tl.constexpr, acc=None):
+    """``a @ b (+ acc)`` in float32. ``precision``, "ieee" or "tf32", matters to float32 operands only."""
+    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=precision)
+
+
+@triton.jit
+def nan_keeping_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_maximum(a, axis: tl.constexpr):
+    """Maximum along an axis, NaN where there is one (``tl.max`` drops it)."""
+    if _INTERPRETED:  # its reduction with a function of ours goes element by element
+        unordered = tl.sum((a != a).to(tl.int32), axis)
+        return tl.where(unordered > 0, float("nan"), tl.max(a, axis))
+    return tl.reduce(a, axis, nan_keeping_max)
+
+
+@triton.jit
+def rectified(a):
+    """ReLU, which keeps NaN."""
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+# In launchers
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether ``x`` (contiguous or channels_last, see ``ops.readable``) is to be addressed as channels_last."""
+    return not x.is_contiguous()
+
+
+def precision(tf32: bool) -> str:
+    return "tf32" if tf32 else "ieee"
+
+
+def on_device_of(x: Tensor):
+    """A context in which launches go to the device of ``x``."""
+    if INTERPRETED or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The smallest power of two that is at least ``size`` and ``least``, which matrix products need."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def split(size: int) -> tuple[int, int]:
+    """Two tiles, powers of two of at least 16, that together hold ``size`` channels; the second is 0 if one does.
+
+    72 = 64 + 16 wastes 8 lanes where 128 would waste 56.
+    """
+    whole = padded(size)
+    if size <= 16 or whole == size:
+        return whole, 0
+    rest = padded(size - whole // 2)
+    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
