@@ -42,10 +42,32 @@ struct ShsaForwardParams {
   float *mean, *rstd, *row_max, *row_sum;  // [B], [B], [B, N], [B, N]
 };
 
+// From the gradient of y to that of x beyond P, of z = norm(x1), and parts of those of the (unfolded)
+// projection; norm_backward and the reduction of the parts finish. Null where not needed.
+struct ShsaBackwardParams {
+  Sizes sizes;
+  Precision precision;
+  bool channels_last, x1_channels_last, relu;
+  float bn_eps, scale;
+  const void *dy, *x1, *y;
+  const float *mean, *rstd, *row_max, *row_sum;  // as the forward saved them
+  const void *norm_weight, *norm_bias, *qkv_weight, *qkv_bias, *bn_weight, *bn_bias;
+  const float *bn_mean, *bn_var;
+  void* dx;              // image: the channels from P on are written
+  float* dz;             // [B, P, N]
+  float* dweight_parts;  // [parts, O, P]: sum of d(qkv) z^T, where qkv is what attention takes
+  float* dbias_parts;    // [parts, O]: sum of d(qkv)
+};
+
 // ---------------------------------------------------------------------------------------------------------------
 // shsa_long.cu: any N, through q, k and v staged in a workspace of this many bytes
 
 size_t shsa_long_forward_workspace(const Sizes& sizes, Type type);
 const char* shsa_long_forward(const ShsaForwardParams& params, void* workspace, Type type, void* stream);
+
+// shsa_long_backward.cu: the same for the gradients; `parts` depends on the sizes only.
+int shsa_long_backward_parts(const Sizes& sizes);
+size_t shsa_long_backward_workspace(const Sizes& sizes, Type type);
+const char* shsa_long_backward(const ShsaBackwardParams& params, void* workspace, Type type, void* stream);
 
 }  // namespace shvit::cuda
