@@ -35,9 +35,10 @@ struct ShsaForwardParams {
   bool statistics_given;  // mean and rstd are read, instead of being computed and written where not null
   float norm_eps, bn_eps, scale;
   const void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;  // [P], [P], [O, P], [O]
-  // Batch normalisation of the projection with these statistics [O]; none without bn_mean.
-  const void *bn_weight, *bn_bias;
-  const float *bn_mean, *bn_var;
+  // Batch normalisation of the projection with these statistics [O]; none without bn_mean. The statistics of a
+  // half-precision model are half precision too: converting them would cost two more launches.
+  const void *bn_weight, *bn_bias, *bn_mean, *bn_var;
+  bool bn_statistics_float32;  // otherwise they hold the storage type
   void* y;
   float *mean, *rstd, *row_max, *row_sum;  // [B], [B], [B, N], [B, N]
 };
