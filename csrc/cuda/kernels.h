@@ -61,6 +61,82 @@ struct ShsaBackwardParams {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
+// shsa_backward.cu: short images. Whether they fit into a block of the current device; and the parts of the
+// sums.
+
+bool shsa_backward_fits(const Sizes& sizes, Type type);
+int shsa_backward_parts(const Sizes& sizes);
+const char* shsa_backward(const ShsaBackwardParams& params, Type type, void* stream);
+
+// moments.cu: mean and covariance of z = norm(x1) over all tokens, and of them the mean and variance of the
+// projection weight z. D is 0 where there is no weight.
+struct MomentsParams {
+  Sizes sizes;
+  bool channels_last;
+  float norm_eps;
+  const void *x, *norm_weight, *norm_bias, *weight;  // [P], [P], [O, P]
+  void* x1;                                          // a copy of the first P channels, in x's format, or null
+  float *image_mean, *image_rstd, *z_mean, *z_cov;   // [B], [B], [P], [P, P]
+  float *bn_mean, *bn_var;                           // [O], null without weight
+  void* workspace;
+};
+size_t moments_workspace(const Sizes& sizes);
+const char* moments(const MomentsParams& params, Type type, void* stream);
+
+// norm_backward.cu: from the gradient of z, dz + (dz_mean + (dz_cov + dz_cov^T) (z - z_mean)) / (B N), to those
+// of x1 and of the norm's parameters. Either summand may be absent (null). Without norm it only is converted.
+struct NormBackwardParams {
+  Sizes sizes;  // D is 0
+  bool channels_last, x1_channels_last;
+  bool clear_rest;  // dx beyond P becomes zero, instead of being left alone
+  const void *x1, *norm_weight, *norm_bias;
+  const float *mean, *rstd;                // [B], of the images
+  const float* dz;                         // [B, P, N]
+  const float *dz_mean, *dz_cov, *z_mean;  // [P], [P, P], [P]
+  void* dx;                                // image [B, C, N], or null
+  float* dnorm_parts;                      // [parts, 2, P]: dnorm_weight and dnorm_bias; null without norm
+  void* workspace;
+};
+int norm_backward_parts(const Sizes& sizes);
+size_t norm_backward_workspace(const Sizes& sizes);
+const char* norm_backward(const NormBackwardParams& params, Type type, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------
+// fold.cu
+
+// Where a gradient goes, in the parameter's own type; null where it is not needed.
+struct Output {
+  void* data;
+  Type type;
+};
+
+// total[i] = sum over parts of parts[part * stride + i], in the order of parts, for i < count.
+struct Reduction {
+  const float* parts;
+  int count_of_parts;
+  int64_t stride, count;
+  Output total;
+};
+
+// All reductions (up to kMostReductions) in one launch. No parts: zeros.
+constexpr int kMostReductions = 4;
+const char* reduce(const Reduction* reductions, int count, void* stream);
+
+// From the parts of shsa_backward to the gradients of the projection's weight, of its batch normalisation and
+// of the moments of z.
+struct FoldBackwardParams {
+  int O, P, parts;
+  float bn_eps;
+  const float *dweight_parts, *dbias_parts;  // [parts, O, P], [parts, O]
+  const void *weight, *bn_weight;            // [O, P], [O]
+  const float *z_mean, *z_cov, *bn_mean, *bn_var;
+  Output dweight, dbn_weight, dbn_bias;
+  float *dz_mean, *dz_cov;  // [P], [P, P]; both null where not needed
+  float* workspace;         // [2, O]
+};
+const char* fold_backward(const FoldBackwardParams& params, Type type, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------
 // shsa_long.cu: any N, through q, k and v staged in a workspace of this many bytes
 
 size_t shsa_long_forward_workspace(const Sizes& sizes, Type type);
