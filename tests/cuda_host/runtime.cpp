@@ -10,9 +10,12 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
+
+#define CUDA_HOST_EXPORT __attribute__((visibility("default")))
 
 // What a thread of the grid reads; to the kernels these are constants.
 uint3 threadIdx, blockIdx;
@@ -309,3 +312,44 @@ void multiply(float* d, const float* a, const float* b, int K) {
 }
 
 }  // namespace cuda_host
+
+// ---------------------------------------------------------------------------------------------------------------
+// For the tests
+
+extern "C" {
+
+// forward, reverse, odd_first, interleaved, or random with a seed, as in "random:1"; whether there is such an
+// order.
+CUDA_HOST_EXPORT bool cuda_host_set_order(const char* name) {
+  using namespace cuda_host;
+  const char* const names[] = {"forward", "reverse", "odd_first", "interleaved", "random"};
+  for (int i = 0; i < 5; ++i) {
+    const size_t length = std::strlen(names[i]);
+    if (std::strncmp(name, names[i], length) != 0 || (name[length] != 0 && name[length] != ':')) continue;
+    m.order = static_cast<Order>(i);
+    m.seed = name[length] == ':' ? std::atoi(name + length + 1) : 0;
+    return true;
+  }
+  return false;
+}
+
+// Returns the limit before.
+CUDA_HOST_EXPORT size_t cuda_host_set_shared_memory_limit(size_t bytes) {
+  return std::exchange(cuda_host::m.shared_limit, bytes);
+}
+
+// What g++ -fsanitize=alignment,bounds calls, in place of its library.
+
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+
+void __ubsan_handle_type_mismatch_v1(const SourceLocation* where, uintptr_t address) {
+  cuda_host::fail("misaligned access of %#zx at %s:%u", size_t(address), where->file, where->line);
+}
+
+void __ubsan_handle_out_of_bounds(const SourceLocation* where, uintptr_t index) {
+  cuda_host::fail("index %zd is out of bounds at %s:%u", ssize_t(index), where->file, where->line);
+}
+}
