@@ -2,9 +2,13 @@
 # make test    set up, build, and run the whole test suite
 # make lint    check style; make format repairs it
 # make bench   measure the operator, the layer and the models
+# make gpu     on a machine with a GPU, with the Python and the packages that are there: build, test and measure the
+#              GPU kernels within BUDGET seconds, results in OUT; make gpu-full without a limit, and with all tests
 # make clean   remove the environment and everything built
 
 PYTHON ?= python3
+BUDGET ?= 480
+OUT ?= gpu-results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +27,12 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m shvit_kernels bench
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --budget $(BUDGET) --out $(OUT)
+
+gpu-full:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .
@@ -49,4 +59,4 @@ $(BUILT): $(SET_UP) pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-.PHONY: run test bench lint format clean
+.PHONY: run test bench gpu gpu-full lint format clean

@@ -1,0 +1,88 @@
+"""Calls every operator of a backend once per type and branch on small tensors: what compute-sanitizer watches.
+
+python -m benchmarks.every_operator BACKEND
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shvit_kernels import backends
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Partial channels, channels, height, width, images: ragged and whole short images, several to a block, and long ones.
+SHAPES = ((66, 70, 7, 7, 3), (96, 128, 4, 4, 5), (72, 88, 8, 8, 2), (48, 56, 16, 17, 1))
+FORMATS = (torch.contiguous_format, torch.channels_last)
+QK_DIM, EPS = 16, 1e-5
+
+
+def parameters(C: int, P: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    O = 2 * QK_DIM + P
+    shapes = {
+        "norm_weight": (P,),
+        "norm_bias": (P,),
+        "weight": (O, P),
+        "bias": (O,),
+        "bn_weight": (O,),
+        "bn_bias": (O,),
+        "bn_mean": (O,),
+        "bn_var": (O,),
+        "proj_weight": (C, C),
+        "proj_bias": (C,),
+    }
+    # Drawn and changed on the CPU: on the device only our kernels are of interest.
+    return {k: (torch.rand(s) / s[-1] ** 0.5).to(dtype).cuda().requires_grad_() for k, s in shapes.items()}
+
+
+def calls(backend: str, x: Tensor, p: dict[str, Tensor], P: int, tf32: bool) -> Iterator[tuple[str, object]]:
+    """Names and results; each call is made as its result is taken."""
+    module = backends.get(backend)
+    norm = p["norm_weight"], p["norm_bias"]
+    settings = QK_DIM**-0.5, True, tf32, tf32
+    statistics = [p[k] for k in ("bn_weight", "bn_bias", "bn_mean", "bn_var")]
+
+    def backward(outputs: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, [torch.rand(t.shape).to(t.dtype).cuda() for t in outputs])
+
+    y = module.shsa(x, *norm, p["weight"], p["bias"], QK_DIM, EPS, *settings)
+    yield "shsa forward", y
+    yield "shsa backward", backward((y,), [x, *norm, p["weight"], p["bias"]])
+    moments = module.partial_moments(x, *norm, P, EPS)
+    yield "partial_moments forward", moments
+    yield "partial_moments backward", backward(moments, [x, *norm])
+    trained = [p[k] for k in ("weight", "bn_weight", "bn_bias")]
+    y, *_ = module.shsa_train(x, *norm, *trained, QK_DIM, EPS, EPS, *settings)
+    yield "shsa_train forward", y
+    yield "shsa_train backward", backward((y,), [x, *norm, *trained])
+    with torch.no_grad():
+        yield "shsa_eval", module.shsa_eval(x, *norm, p["weight"], p["bias"], *statistics, QK_DIM, EPS, EPS, *settings)
+        projection = p["weight"], p["bias"], p["proj_weight"], p["proj_bias"]
+        yield "shsa_mixer", module.shsa_mixer(x, *norm, *projection, QK_DIM, EPS, QK_DIM**-0.5, tf32, tf32)
+
+
+def main(backend: str) -> None:
+    reason = backends.get(backend).why_unavailable()
+    if reason is not None:
+        sys.exit(f"{backend} cannot run: {reason}")
+    torch.manual_seed(0)
+    failed = False
+    for dtype, (P, C, height, width, B), layout in itertools.product(DTYPES, SHAPES, FORMATS):
+        x = torch.randn(B, C, height, width).to(dtype).contiguous(memory_format=layout).cuda().requires_grad_()
+        for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            name = f"{dtype}, {list(x.shape)}, {layout}, TF32 {tf32}"
+            made = calls(backend, x, parameters(C, P, dtype), P, tf32)
+            try:
+                for what, _ in made:
+                    torch.cuda.synchronize()
+                    print(f"{what}: {name}", flush=True)
+            except NotImplementedError as error:  # the sanitizer still sees the others
+                failed = True
+                print(f"{name}: {error}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
