@@ -1,53 +1,123 @@
 """Builds the native operator library; everything else stands in pyproject.toml.
 
 The library uses LibTorch's stable ABI (2.11) and Python's limited API (3.10): one wheel serves later releases of both.
-Where it cannot be built (no torch at build time, no C++ compiler) the package is installed without it.
+It holds the CPU kernels and, where torch has CUDA and nvcc is found, the CUDA kernels, for the architectures in
+TORCH_CUDA_ARCH_LIST or those of the GPUs that are present or, without any, for those named below. What cannot be built
+(no torch at build time, no compiler) is left out, with one line that says why.
 """
 
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils import cpp_extension
 except ImportError:
-    BuildExtension = None
+    torch = None
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11
+EVERY_ARCHITECTURE = "8.0;9.0a;10.0;12.0"
+CPP = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+NVCC = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
 
 
-def without_native(reason: str) -> None:
-    print(f"shvit-kernels: installing without compiled CPU kernels, because {reason}", file=sys.stderr)
+def without(kernels: str, reason: str) -> None:
+    print(f"shvit-kernels: installing without {kernels} kernels, because {reason}", file=sys.stderr)
+
+
+def explained(error: Exception) -> str:
+    return f"({type(error).__name__}: {str(error).splitlines()[0]})"
+
+
+def nvcc() -> str | None:
+    in_home = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME, "bin"))
+    return in_home or shutil.which("nvcc")
+
+
+def cuda_architectures() -> list[str]:
+    """The architectures to build for as nvcc names them, ``["80", "90a"]``; sets TORCH_CUDA_ARCH_LIST for torch."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        named = ";".join("{}.{}".format(*capability) for capability in sorted(present))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = named or EVERY_ARCHITECTURE
+    flags = cpp_extension._get_cuda_arch_flags()
+    return sorted({name for flag in flags for name in re.findall(r"code=sm_(\w+)", flag)}, key=number)
+
+
+def number(architecture: str) -> int:
+    return int(architecture.rstrip("af"))
+
+
+def cpu_extension():
+    return cpp_extension.CppExtension(
+        "shvit_kernels._native",
+        ["csrc/module.cpp", *map(str, sorted(Path("csrc/cpu").rglob("*.cpp")))],
+        extra_compile_args={"cxx": [*CPP, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]},
+        depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")],
+        py_limited_api=True,
+    )
+
+
+def cuda_extension():
+    """The library with the CUDA kernels too, or the reason why it cannot be built."""
+    if torch.version.cuda is None:
+        return "torch has no CUDA"
+    if nvcc() is None:
+        return f"torch has CUDA {torch.version.cuda} and nvcc was not found"
+    architectures = cuda_architectures()
+    if not architectures or number(architectures[0]) < 80:
+        return f"they need sm_80 or newer and TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    plain = cpu_extension()
+    arguments = plain.extra_compile_args["cxx"]
+    built = " ".join(str(number(name)) for name in architectures)
+    # CUDA_HOME may be a directory that only links to nvcc; nvcc itself knows where its libraries are.
+    libraries = subprocess.run([nvcc(), "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    return cpp_extension.CUDAExtension(
+        plain.name,
+        [*plain.sources, *(str(p) for p in sorted(Path("csrc/cuda").iterdir()) if p.suffix in (".cpp", ".cu"))],
+        include_dirs=[os.path.abspath("csrc/cuda/device")],
+        library_dirs=re.findall(r'"-L([^"]+)"', libraries),
+        extra_compile_args={"cxx": [*arguments, f'-DSHVIT_CUDA_ARCHITECTURES="{built}"'], "nvcc": NVCC},
+        depends=plain.depends,
+        py_limited_api=True,
+    )
 
 
 def native_build() -> dict:
-    if BuildExtension is None:
-        without_native("torch was not importable while building (install torch, then use --no-build-isolation)")
+    if torch is None:
+        without("compiled", "torch was not importable while building (install torch, then use --no-build-isolation)")
         return {}
 
-    class OptionalBuild(BuildExtension):
+    class OptionalBuild(cpp_extension.BuildExtension):
+        """Builds as much as the compilers here can."""
+
         def run(self):
             try:
                 super().run()
             except Exception as error:  # whatever the compiler or its absence raises
-                without_native(f"the C++ build failed ({type(error).__name__}: {str(error).splitlines()[0]})")
+                without("compiled", f"the C++ build failed {explained(error)}")
 
-    sources = ["csrc/module.cpp", *map(str, sorted(Path("csrc/cpu").rglob("*.cpp")))]
-    extension = CppExtension(
-        "shvit_kernels._native",
-        sources,
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-ffp-contract=fast",
-            "-fvisibility=hidden",
-            "-Wno-psabi",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        ],
-        depends=list(map(str, Path("csrc").rglob("*.h"))),
-        py_limited_api=True,
-    )
+        def build_extensions(self):
+            if with_cuda:
+                try:
+                    return super().build_extensions()
+                except Exception as error:
+                    without("CUDA", f"their build failed {explained(error)}")
+                    vars(self.extensions[0]).update(vars(cpu_extension()))
+            return super().build_extensions()
+
+    extension = cuda_extension()
+    with_cuda = not isinstance(extension, str)
+    if not with_cuda:
+        if torch.version.cuda is not None:
+            without("CUDA", extension)
+        extension = cpu_extension()
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": OptionalBuild},

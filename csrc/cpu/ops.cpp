@@ -1,10 +1,4 @@
 // The operators of shvit_kernels/ops.py for CPU tensors, and the facts about this library that Python asks for.
-//
-// Only the stable ABI of LibTorch is used, so one build serves later releases of PyTorch.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -14,12 +8,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace shvit;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -161,77 +154,136 @@ const Kernels& kernels_for(ScalarType dtype) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Tensors
-
 ScalarType compute_type(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether an image tensor [B, C, H, W] is channels_last (and not also NCHW-contiguous).
-bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  const auto size = t.sizes(), stride = t.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected,
-                    "image tensors must be NCHW-contiguous or channels_last");
-    expected *= size[d];
-  }
-  return true;
+// ---------------------------------------------------------------------------------------------------------------
+// Kernels on tensors
+
+void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm& norm, const void* qkv_weight,
+            const void* qkv_bias, double norm_eps, double scale, bool relu, const Tensor& y,
+            const Saved* saved) {
+  const auto data = [](const Tensor& t) { return t.mutable_data_ptr(); };
+  ShsaForwardParams params{s,
+                           is_channels_last(x),
+                           relu,
+                           norm_eps,
+                           scale,
+                           x.const_data_ptr(),
+                           norm.weight.data(),
+                           norm.bias.data(),
+                           qkv_weight,
+                           qkv_bias,
+                           data(y),
+                           saved ? data(saved->mean) : nullptr,
+                           saved ? data(saved->rstd) : nullptr,
+                           saved ? data(saved->row_max) : nullptr,
+                           saved ? data(saved->row_sum) : nullptr,
+                           nullptr};
+  run(kernels.shsa_forward, params);
 }
 
-Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
-  const int64_t B = like.size(0), H = like.size(2), W = like.size(3);
-  if (!channels_last) return torch::stable::new_empty(like, {B, channels, H, W});
-  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
-  Tensor dense = torch::stable::new_empty(like, {B, H, W, channels});
-  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, const Tensor& x1,
+                     const Tensor& y, const Saved& saved, const Norm& norm, const void* qkv_weight,
+                     const void* qkv_bias, double scale, bool relu, void* dx, const NormGradient& dnorm,
+                     void* dqkv_weight, void* dqkv_bias) {
+  ShsaBackwardParams params{s,
+                            is_channels_last(y),
+                            is_channels_last(x1),
+                            relu,
+                            scale,
+                            dy.const_data_ptr(),
+                            x1.const_data_ptr(),
+                            y.const_data_ptr(),
+                            saved.mean.const_data_ptr(),
+                            saved.rstd.const_data_ptr(),
+                            saved.row_max.const_data_ptr(),
+                            saved.row_sum.const_data_ptr(),
+                            norm.weight.data(),
+                            norm.bias.data(),
+                            qkv_weight,
+                            qkv_bias,
+                            dx,
+                            dnorm.weight.data(),
+                            dnorm.bias.data(),
+                            dqkv_weight,
+                            dqkv_bias,
+                            nullptr};
+  run(kernels.shsa_backward, params);
 }
 
-// A parameter of `count` values in compute type; keeps a converted copy alive.
-class Parameter {
+void take_moments(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm& norm, double norm_eps,
+                  const Tensor& z_mean, const Tensor& z_cov, const Tensor& mean, const Tensor& rstd, void* x1) {
+  MomentsForwardParams params{s,
+                              is_channels_last(x),
+                              norm_eps,
+                              x.const_data_ptr(),
+                              norm.weight.data(),
+                              norm.bias.data(),
+                              z_mean.mutable_data_ptr(),
+                              z_cov.mutable_data_ptr(),
+                              mean.mutable_data_ptr(),
+                              rstd.mutable_data_ptr(),
+                              x1,
+                              nullptr};
+  run(kernels.moments_forward, params);
+}
+
+void moments_backward(const Kernels& kernels, const Sizes& s, bool accumulate, const Tensor& dz_mean,
+                      const Tensor& dz_cov, const Tensor& x1, const Tensor& z_mean, const Tensor& mean,
+                      const Tensor& rstd, const Norm& norm, void* dx, const NormGradient& dnorm) {
+  MomentsBackwardParams params{s,
+                               is_channels_last(x1),
+                               accumulate,
+                               dz_mean.const_data_ptr(),
+                               dz_cov.const_data_ptr(),
+                               x1.const_data_ptr(),
+                               z_mean.const_data_ptr(),
+                               mean.const_data_ptr(),
+                               rstd.const_data_ptr(),
+                               norm.weight.data(),
+                               norm.bias.data(),
+                               dx,
+                               dnorm.weight.data(),
+                               dnorm.bias.data(),
+                               nullptr};
+  run(kernels.moments_backward, params);
+}
+
+// The projection with the batch normalisation folded in, in compute type.
+class Folded {
  public:
-  Parameter(const char* name, const std::optional<Tensor>& t, int64_t count, ScalarType type) {
-    if (!t.has_value()) return;
-    STD_TORCH_CHECK(t->numel() == count, name, " must have ", count, " values, got ", t->numel());
-    tensor_ = t;
-    if (t->scalar_type() != type) tensor_ = torch::stable::to(*tensor_, type);
-    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
+  // Batch statistics come from the moments of z into `mean` and `variance`, or without moments are read there.
+  Folded(const Kernels& kernels, const Sizes& s, ScalarType type, double eps, const Projection& plain,
+         const Parameter& bn_weight, const Parameter& bn_bias, const void* z_mean, const void* z_cov,
+         void* mean, void* variance) {
+    const int64_t value = type == ScalarType::Double ? sizeof(double) : sizeof(float);
+    memory_ = allocate((s.O() * s.P + s.O()) * value);
+    bias_ = memory_.get() + s.O() * s.P * value;
+    FoldForwardParams params{s.O(),
+                             s.P,
+                             eps,
+                             plain.weight.data(),
+                             plain.bias.data(),
+                             bn_weight.data(),
+                             bn_bias.data(),
+                             z_mean,
+                             z_cov,
+                             mean,
+                             variance,
+                             memory_.get(),
+                             bias_,
+                             nullptr};
+    run(kernels.fold_forward, params);
   }
-  const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+  const void* weight() const { return memory_.get(); }
+  const void* bias() const { return bias_; }
 
  private:
-  std::optional<Tensor> tensor_;
+  Buffer memory_;
+  char* bias_;
 };
-
-// A gradient of the shape and type of a parameter: computed in compute type, converted at the end.
-class Gradient {
- public:
-  Gradient(const std::optional<Tensor>& parameter, bool needed, const Tensor& like, ScalarType type)
-      : type_(parameter.has_value() ? parameter->scalar_type() : like.scalar_type()) {
-    const bool made = needed && parameter.has_value();
-    tensor_ = made ? torch::stable::new_empty(*parameter, parameter->sizes(), type)
-                   : torch::stable::new_empty(like, {0}, type_);
-    data_ = made ? tensor_.mutable_data_ptr() : nullptr;
-  }
-  void* data() const { return data_; }
-  Tensor result() const {
-    return data_ && tensor_.scalar_type() != type_ ? torch::stable::to(tensor_, type_) : tensor_;
-  }
-
- private:
-  ScalarType type_;
-  Tensor tensor_;
-  void* data_;
-};
-
-Sizes sizes_of(const Tensor& image, int64_t P, int64_t D) {
-  STD_TORCH_CHECK(image.dim() == 4, "image tensors must be [B, C, H, W], got ", image.dim(), " dimensions");
-  STD_TORCH_CHECK(image.size(2) * image.size(3) > 0, "images must have at least one token");
-  STD_TORCH_CHECK(P >= 1 && P <= image.size(1), "pdim must lie between 1 and ", image.size(1), ", got ", P);
-  return {image.size(0), image.size(1), P, D, image.size(2) * image.size(3)};
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Operators
@@ -240,32 +292,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_forward(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
     std::optional<Tensor> qkv_bias, int64_t qk_dim, double norm_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const Sizes s = sizes_of(x, qkv_weight.size(1), qk_dim);
-  const bool channels_last = is_channels_last(x);
-  Tensor y = empty_image(x, s.C, channels_last);
-  Tensor mean = torch::stable::new_empty(x, {s.B}, type), rstd = torch::stable::new_empty(x, {s.B}, type);
-  Tensor row_max = torch::stable::new_empty(x, {s.B, s.N}, type);
-  Tensor row_sum = torch::stable::new_empty(x, {s.B, s.N}, type);
-  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
-  const Parameter weight("qkv_weight", qkv_weight, s.O() * s.P, type), bias("qkv_bias", qkv_bias, s.O(), type);
-  ShsaForwardParams params{s,
-                           channels_last,
-                           relu,
-                           norm_eps,
-                           scale,
-                           x.const_data_ptr(),
-                           weight_n.data(),
-                           bias_n.data(),
-                           weight.data(),
-                           bias.data(),
-                           y.mutable_data_ptr(),
-                           mean.mutable_data_ptr(),
-                           rstd.mutable_data_ptr(),
-                           row_max.mutable_data_ptr(),
-                           row_sum.mutable_data_ptr(),
-                           nullptr};
-  run(kernels_for(x.scalar_type()).shsa_forward, params);
-  return {y, mean, rstd, row_max, row_sum};
+  const auto s = sizes_of<Sizes>(x, qkv_weight.size(1), qk_dim);
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const Projection qkv("qkv_weight", qkv_weight, "qkv_bias", qkv_bias, s.O(), s.P, type);
+  Tensor y = empty_image(x, s.C, is_channels_last(x));
+  const Saved saved = empty_saved(x, s.B, s.N, type);
+  attend(kernels_for(x.scalar_type()), s, x, norm, qkv.weight.data(), qkv.bias.data(), norm_eps, scale, relu, y,
+         &saved);
+  return {y, saved.mean, saved.rstd, saved.row_max, saved.row_sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
@@ -274,64 +308,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shsa_backward(
     std::optional<Tensor> qkv_bias, int64_t qk_dim, double, double scale, bool relu, bool, bool,
     std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
-  const bool channels_last = is_channels_last(y);
-  STD_TORCH_CHECK(dy.numel() == y.numel() && is_channels_last(dy) == channels_last,
-                  "dy must have the shape and memory format of y");
-  const Sizes s = sizes_of(y, qkv_weight.size(1), qk_dim);
-  Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
-  const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
-      dweight(qkv_weight, needs[3], y, type), dbias(qkv_bias, needs[4], y, type);
-  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
-  const Parameter weight("qkv_weight", qkv_weight, s.O() * s.P, type), bias("qkv_bias", qkv_bias, s.O(), type);
-  ShsaBackwardParams params{s,
-                            channels_last,
-                            is_channels_last(x1),
-                            relu,
-                            scale,
-                            dy.const_data_ptr(),
-                            x1.const_data_ptr(),
-                            y.const_data_ptr(),
-                            mean.const_data_ptr(),
-                            rstd.const_data_ptr(),
-                            row_max.const_data_ptr(),
-                            row_sum.const_data_ptr(),
-                            weight_n.data(),
-                            bias_n.data(),
-                            weight.data(),
-                            bias.data(),
-                            needs[0] ? dx.mutable_data_ptr() : nullptr,
-                            dnorm_weight.data(),
-                            dnorm_bias.data(),
-                            dweight.data(),
-                            dbias.data(),
-                            nullptr};
-  run(kernels_for(y.scalar_type()).shsa_backward, params);
-  return {dx, dnorm_weight.result(), dnorm_bias.result(), dweight.result(), dbias.result()};
+  check_gradient_of(y, dy);
+  const auto s = sizes_of<Sizes>(y, qkv_weight.size(1), qk_dim);
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const Projection qkv("qkv_weight", qkv_weight, "qkv_bias", qkv_bias, s.O(), s.P, type);
+  Tensor dx = image_gradient(y, s.C, is_channels_last(y), needs[0]);
+  const NormGradient dnorm(norm_weight, norm_bias, needs, y, type);
+  const Gradient dweight(qkv_weight, needs[3], y, type), dbias(qkv_bias, needs[4], y, type);
+  attend_backward(kernels_for(y.scalar_type()), s, dy, x1, y, {mean, rstd, row_max, row_sum}, norm,
+                  qkv.weight.data(), qkv.bias.data(), scale, relu, needs[0] ? dx.mutable_data_ptr() : nullptr,
+                  dnorm, dweight.data(), dbias.data());
+  return {dx, dnorm.weight.result(), dnorm.bias.result(), dweight.result(), dbias.result()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std::optional<Tensor> norm_weight,
                                                                    std::optional<Tensor> norm_bias,
                                                                    int64_t pdim, double norm_eps) {
   const ScalarType type = compute_type(x.scalar_type());
-  const Sizes s = sizes_of(x, pdim, 0);
+  const auto s = sizes_of<Sizes>(x, pdim, 0);
+  const Norm norm(norm_weight, norm_bias, s.P, type);
   Tensor mean = torch::stable::new_empty(x, {pdim}, type),
          cov = torch::stable::new_empty(x, {pdim, pdim}, type);
   Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
   Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
-  const Parameter weight("norm_weight", norm_weight, s.P, type), bias("norm_bias", norm_bias, s.P, type);
-  MomentsForwardParams params{s,
-                              is_channels_last(x),
-                              norm_eps,
-                              x.const_data_ptr(),
-                              weight.data(),
-                              bias.data(),
-                              mean.mutable_data_ptr(),
-                              cov.mutable_data_ptr(),
-                              image_mean.mutable_data_ptr(),
-                              image_rstd.mutable_data_ptr(),
-                              nullptr,
-                              nullptr};
-  run(kernels_for(x.scalar_type()).moments_forward, params);
+  take_moments(kernels_for(x.scalar_type()), s, x, norm, norm_eps, mean, cov, image_mean, image_rstd, nullptr);
   return {mean, cov, image_mean, image_rstd};
 }
 
@@ -341,29 +341,14 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
                                                             std::optional<Tensor> norm_bias, int64_t channels,
                                                             std::vector<bool> needs) {
   const ScalarType type = compute_type(x1.scalar_type());
-  const bool channels_last = is_channels_last(x1);
-  Sizes s = sizes_of(x1, x1.size(1), 0);
+  auto s = sizes_of<Sizes>(x1, x1.size(1), 0);
   s.C = channels;
-  Tensor dx = needs[0] ? empty_image(x1, channels, channels_last) : torch::stable::new_empty(x1, {0});
-  const Gradient dweight(norm_weight, needs[1], x1, type), dbias(norm_bias, needs[2], x1, type);
-  const Parameter weight("norm_weight", norm_weight, s.P, type), bias("norm_bias", norm_bias, s.P, type);
-  MomentsBackwardParams params{s,
-                               channels_last,
-                               false,
-                               dmean.const_data_ptr(),
-                               dcov.const_data_ptr(),
-                               x1.const_data_ptr(),
-                               mean.const_data_ptr(),
-                               image_mean.const_data_ptr(),
-                               image_rstd.const_data_ptr(),
-                               weight.data(),
-                               bias.data(),
-                               needs[0] ? dx.mutable_data_ptr() : nullptr,
-                               dweight.data(),
-                               dbias.data(),
-                               nullptr};
-  run(kernels_for(x1.scalar_type()).moments_backward, params);
-  return {dx, dweight.result(), dbias.result()};
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  Tensor dx = image_gradient(x1, channels, is_channels_last(x1), needs[0]);
+  const NormGradient dnorm(norm_weight, norm_bias, needs, x1, type);
+  moments_backward(kernels_for(x1.scalar_type()), s, false, dmean, dcov, x1, mean, image_mean, image_rstd, norm,
+                   needs[0] ? dx.mutable_data_ptr() : nullptr, dnorm);
+  return {dx, dnorm.weight.result(), dnorm.bias.result()};
 }
 
 Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
@@ -371,55 +356,21 @@ Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, int64_t qk_dim, double norm_eps,
                  double bn_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const Sizes s = sizes_of(x, weight.size(1), qk_dim);
-  const bool channels_last = is_channels_last(x);
-  Tensor y = empty_image(x, s.C, channels_last);
-  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
-  const Parameter w("weight", weight, s.O() * s.P, type), b("bias", bias, s.O(), type);
-  const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
-  const Parameter mean("bn_mean", bn_mean, s.O(), type), var("bn_var", bn_var, s.O(), type);
-  STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "bn_mean and bn_var must be given together");
+  const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const Projection plain("weight", weight, "bias", bias, s.O(), s.P, type);
+  const RunningNorm bn(bn_weight, bn_bias, bn_mean, bn_var, s.O(), type, type);
+  Tensor y = empty_image(x, s.C, is_channels_last(x));
   const Kernels& kernels = kernels_for(x.scalar_type());
-  const void *qkv_weight = w.data(), *qkv_bias = b.data();
-  Buffer folded;
-  if (mean.data()) {
-    const int64_t value = type == ScalarType::Double ? sizeof(double) : sizeof(float);
-    folded = allocate((s.O() * s.P + s.O()) * value);
-    FoldForwardParams fold{s.O(),
-                           s.P,
-                           bn_eps,
-                           qkv_weight,
-                           qkv_bias,
-                           gamma.data(),
-                           beta.data(),
-                           nullptr,
-                           nullptr,
-                           const_cast<void*>(mean.data()),
-                           const_cast<void*>(var.data()),
-                           folded.get(),
-                           folded.get() + s.O() * s.P * value,
-                           nullptr};
-    qkv_weight = fold.qkv_weight;
-    qkv_bias = fold.qkv_bias;
-    run(kernels.fold_forward, fold);
+  const void *qkv_weight = plain.weight.data(), *qkv_bias = plain.bias.data();
+  std::optional<Folded> folded;
+  if (bn.mean.data()) {
+    folded.emplace(kernels, s, type, bn_eps, plain, bn.weight, bn.bias, nullptr, nullptr,
+                   const_cast<void*>(bn.mean.data()), const_cast<void*>(bn.var.data()));
+    qkv_weight = folded->weight();
+    qkv_bias = folded->bias();
   }
-  ShsaForwardParams shsa{s,
-                         channels_last,
-                         relu,
-                         norm_eps,
-                         scale,
-                         x.const_data_ptr(),
-                         weight_n.data(),
-                         bias_n.data(),
-                         qkv_weight,
-                         qkv_bias,
-                         y.mutable_data_ptr(),
-                         nullptr,
-                         nullptr,
-                         nullptr,
-                         nullptr,
-                         nullptr};
-  run(kernels.shsa_forward, shsa);
+  attend(kernels, s, x, norm, qkv_weight, qkv_bias, norm_eps, scale, relu, y, nullptr);
   return y;
 }
 
@@ -428,67 +379,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double norm_eps,
     double bn_eps, double scale, bool relu, bool, bool) {
   const ScalarType type = compute_type(x.scalar_type());
-  const Sizes s = sizes_of(x, weight.size(1), qk_dim);
+  const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
   const bool channels_last = is_channels_last(x);
   const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(x, size, type);
   };
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const Projection plain("weight", weight, "", std::nullopt, s.O(), s.P, type);
+  const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
   Tensor y = empty_image(x, s.C, channels_last), x1 = empty_image(x, s.P, channels_last);
-  Tensor mean = fresh({s.B}), rstd = fresh({s.B}), row_max = fresh({s.B, s.N}), row_sum = fresh({s.B, s.N});
-  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), batch_mean = fresh({s.O()}),
-         batch_var = fresh({s.O()});
-  Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
-  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
-  const Parameter w("weight", weight, s.O() * s.P, type), gamma("bn_weight", bn_weight, s.O(), type),
-      beta("bn_bias", bn_bias, s.O(), type);
+  const Saved saved = empty_saved(x, s.B, s.N, type);
+  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), mean = fresh({s.O()}), variance = fresh({s.O()});
   const Kernels& kernels = kernels_for(x.scalar_type());
-
-  MomentsForwardParams moments{s,
-                               channels_last,
-                               norm_eps,
-                               x.const_data_ptr(),
-                               weight_n.data(),
-                               bias_n.data(),
-                               z_mean.mutable_data_ptr(),
-                               z_cov.mutable_data_ptr(),
-                               mean.mutable_data_ptr(),
-                               rstd.mutable_data_ptr(),
-                               x1.mutable_data_ptr(),
-                               nullptr};
-  run(kernels.moments_forward, moments);
-  FoldForwardParams fold{s.O(),
-                         s.P,
-                         bn_eps,
-                         w.data(),
-                         nullptr,
-                         gamma.data(),
-                         beta.data(),
-                         z_mean.const_data_ptr(),
-                         z_cov.const_data_ptr(),
-                         batch_mean.mutable_data_ptr(),
-                         batch_var.mutable_data_ptr(),
-                         qkv_weight.mutable_data_ptr(),
-                         qkv_bias.mutable_data_ptr(),
-                         nullptr};
-  run(kernels.fold_forward, fold);
-  ShsaForwardParams shsa{s,
-                         channels_last,
-                         relu,
-                         norm_eps,
-                         scale,
-                         x.const_data_ptr(),
-                         weight_n.data(),
-                         bias_n.data(),
-                         qkv_weight.const_data_ptr(),
-                         qkv_bias.const_data_ptr(),
-                         y.mutable_data_ptr(),
-                         mean.mutable_data_ptr(),
-                         rstd.mutable_data_ptr(),
-                         row_max.mutable_data_ptr(),
-                         row_sum.mutable_data_ptr(),
-                         nullptr};
-  run(kernels.shsa_forward, shsa);
-  return {y, x1, mean, rstd, row_max, row_sum, z_mean, z_cov, batch_mean, batch_var};
+  take_moments(kernels, s, x, norm, norm_eps, z_mean, z_cov, saved.mean, saved.rstd, x1.mutable_data_ptr());
+  const Folded qkv(kernels, s, type, bn_eps, plain, gamma, beta, z_mean.const_data_ptr(),
+                   z_cov.const_data_ptr(), mean.mutable_data_ptr(), variance.mutable_data_ptr());
+  attend(kernels, s, x, norm, qkv.weight(), qkv.bias(), norm_eps, scale, relu, y, &saved);
+  return {y, x1, saved.mean, saved.rstd, saved.row_max, saved.row_sum, z_mean, z_cov, mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
@@ -498,100 +405,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
     std::optional<Tensor> bn_bias, int64_t qk_dim, double, double bn_eps, double scale, bool relu, bool, bool,
     std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
-  const bool channels_last = is_channels_last(y);
-  STD_TORCH_CHECK(dy.numel() == y.numel() && is_channels_last(dy) == channels_last,
-                  "dy must have the shape and memory format of y");
-  const Sizes s = sizes_of(y, weight.size(1), qk_dim);
+  check_gradient_of(y, dy);
+  const auto s = sizes_of<Sizes>(y, weight.size(1), qk_dim);
   const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(y, size, type);
   };
-  Tensor dx = needs[0] ? empty_image(y, s.C, channels_last) : torch::stable::new_empty(y, {0});
-  const Gradient dnorm_weight(norm_weight, needs[1], y, type), dnorm_bias(norm_bias, needs[2], y, type),
-      dweight(weight, needs[3], y, type), dbn_weight(bn_weight, needs[4], y, type),
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const Projection plain("weight", weight, "", std::nullopt, s.O(), s.P, type);
+  const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
+  Tensor dx = image_gradient(y, s.C, is_channels_last(y), needs[0]);
+  void* dx_data = needs[0] ? dx.mutable_data_ptr() : nullptr;
+  const NormGradient dnorm(norm_weight, norm_bias, needs, y, type);
+  const Gradient dweight(weight, needs[3], y, type), dbn_weight(bn_weight, needs[4], y, type),
       dbn_bias(bn_bias, needs[5], y, type);
-  const Parameter weight_n("norm_weight", norm_weight, s.P, type), bias_n("norm_bias", norm_bias, s.P, type);
-  const Parameter w("weight", weight, s.O() * s.P, type), gamma("bn_weight", bn_weight, s.O(), type),
-      beta("bn_bias", bn_bias, s.O(), type);
-  Tensor qkv_weight = fresh({s.O(), s.P}), qkv_bias = fresh({s.O()});
   Tensor dqkv_weight = fresh({s.O(), s.P}), dqkv_bias = fresh({s.O()});
   Tensor dz_mean = fresh({s.P}), dz_cov = fresh({s.P, s.P});
   const Kernels& kernels = kernels_for(y.scalar_type());
-
-  FoldForwardParams fold{s.O(),
-                         s.P,
-                         bn_eps,
-                         w.data(),
-                         nullptr,
-                         gamma.data(),
-                         beta.data(),
-                         nullptr,
-                         nullptr,
-                         batch_mean.mutable_data_ptr(),
-                         batch_var.mutable_data_ptr(),
-                         qkv_weight.mutable_data_ptr(),
-                         qkv_bias.mutable_data_ptr(),
-                         nullptr};
-  run(kernels.fold_forward, fold);
-  void* dx_data = needs[0] ? dx.mutable_data_ptr() : nullptr;
-  ShsaBackwardParams shsa{s,
-                          channels_last,
-                          is_channels_last(x1),
-                          relu,
-                          scale,
-                          dy.const_data_ptr(),
-                          x1.const_data_ptr(),
-                          y.const_data_ptr(),
-                          mean.const_data_ptr(),
-                          rstd.const_data_ptr(),
-                          row_max.const_data_ptr(),
-                          row_sum.const_data_ptr(),
-                          weight_n.data(),
-                          bias_n.data(),
-                          qkv_weight.const_data_ptr(),
-                          qkv_bias.const_data_ptr(),
-                          dx_data,
-                          dnorm_weight.data(),
-                          dnorm_bias.data(),
-                          dqkv_weight.mutable_data_ptr(),
-                          dqkv_bias.mutable_data_ptr(),
+  const Folded qkv(kernels, s, type, bn_eps, plain, gamma, beta, nullptr, nullptr,
+                   batch_mean.mutable_data_ptr(), batch_var.mutable_data_ptr());
+  attend_backward(kernels, s, dy, x1, y, {mean, rstd, row_max, row_sum}, norm, qkv.weight(), qkv.bias(), scale,
+                  relu, dx_data, dnorm, dqkv_weight.mutable_data_ptr(), dqkv_bias.mutable_data_ptr());
+  FoldBackwardParams fold{s.O(),
+                          s.P,
+                          bn_eps,
+                          dqkv_weight.const_data_ptr(),
+                          dqkv_bias.const_data_ptr(),
+                          plain.weight.data(),
+                          gamma.data(),
+                          z_mean.const_data_ptr(),
+                          z_cov.const_data_ptr(),
+                          batch_mean.const_data_ptr(),
+                          batch_var.const_data_ptr(),
+                          dweight.data(),
+                          dbn_weight.data(),
+                          dbn_bias.data(),
+                          dz_mean.mutable_data_ptr(),
+                          dz_cov.mutable_data_ptr(),
                           nullptr};
-  run(kernels.shsa_backward, shsa);
-  FoldBackwardParams fold_backward{s.O(),
-                                   s.P,
-                                   bn_eps,
-                                   dqkv_weight.const_data_ptr(),
-                                   dqkv_bias.const_data_ptr(),
-                                   w.data(),
-                                   gamma.data(),
-                                   z_mean.const_data_ptr(),
-                                   z_cov.const_data_ptr(),
-                                   batch_mean.const_data_ptr(),
-                                   batch_var.const_data_ptr(),
-                                   dweight.data(),
-                                   dbn_weight.data(),
-                                   dbn_bias.data(),
-                                   dz_mean.mutable_data_ptr(),
-                                   dz_cov.mutable_data_ptr(),
-                                   nullptr};
-  run(kernels.fold_backward, fold_backward);
-  MomentsBackwardParams moments{s,
-                                channels_last,
-                                true,
-                                dz_mean.const_data_ptr(),
-                                dz_cov.const_data_ptr(),
-                                x1.const_data_ptr(),
-                                z_mean.const_data_ptr(),
-                                mean.const_data_ptr(),
-                                rstd.const_data_ptr(),
-                                weight_n.data(),
-                                bias_n.data(),
-                                dx_data,
-                                dnorm_weight.data(),
-                                dnorm_bias.data(),
-                                nullptr};
-  if (needs[0] || needs[1] || needs[2]) run(kernels.moments_backward, moments);
+  run(kernels.fold_backward, fold);
+  if (needs[0] || needs[1] || needs[2])
+    moments_backward(kernels, s, true, dz_mean, dz_cov, x1, z_mean, mean, rstd, norm, dx_data, dnorm);
   return {
-      dx, dnorm_weight.result(), dnorm_bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
+      dx, dnorm.weight.result(), dnorm.bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
 }
 
 }  // namespace

@@ -1,0 +1,147 @@
+// What the operators of every device share: image tensors, parameters and gradients as kernels want them.
+//
+// Only the stable ABI of LibTorch is used, so one build serves later releases of PyTorch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace shvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Whether an image tensor [B, C, H, W] is channels_last (and not also NCHW-contiguous).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  const auto size = t.sizes(), stride = t.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected,
+                    "image tensors must be NCHW-contiguous or channels_last");
+    expected *= size[d];
+  }
+  return true;
+}
+
+inline Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
+  const int64_t B = like.size(0), H = like.size(2), W = like.size(3);
+  if (!channels_last) return torch::stable::new_empty(like, {B, channels, H, W});
+  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
+  Tensor dense = torch::stable::new_empty(like, {B, H, W, channels});
+  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+}
+
+// The gradient of `images`, with C channels; size [0] where not needed.
+inline Tensor image_gradient(const Tensor& images, int64_t C, bool channels_last, bool needed) {
+  return needed ? empty_image(images, C, channels_last) : torch::stable::new_empty(images, {0});
+}
+
+inline void check_gradient_of(const Tensor& y, const Tensor& dy) {
+  STD_TORCH_CHECK(dy.numel() == y.numel() && is_channels_last(dy) == is_channels_last(y),
+                  "dy must have the shape and memory format of y");
+}
+
+// The sizes of a call on image tensors [B, C, H, W].
+template <class Sizes>
+Sizes sizes_of(const Tensor& images, int64_t P, int64_t D) {
+  STD_TORCH_CHECK(images.dim() == 4, "image tensors must be [B, C, H, W], got ", images.dim(), " dimensions");
+  STD_TORCH_CHECK(images.size(2) * images.size(3) > 0, "images must have at least one token");
+  STD_TORCH_CHECK(P >= 1 && P <= images.size(1), "pdim must lie between 1 and ", images.size(1), ", got ", P);
+  Sizes s;
+  s.B = images.size(0);
+  s.C = static_cast<decltype(s.C)>(images.size(1));
+  s.P = static_cast<decltype(s.P)>(P);
+  s.D = static_cast<decltype(s.D)>(D);
+  s.N = static_cast<decltype(s.N)>(images.size(2) * images.size(3));
+  return s;
+}
+
+// A parameter of `count` values in the type that kernels read; keeps a converted copy alive.
+class Parameter {
+ public:
+  Parameter(const char* name, const std::optional<Tensor>& t, int64_t count, ScalarType type) {
+    if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->numel() == count, name, " must have ", count, " values, got ", t->numel());
+    tensor_ = t;
+    if (t->scalar_type() != type) tensor_ = torch::stable::to(*tensor_, type);
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
+  }
+  const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+// The group normalisation's affine parameters, [P].
+struct Norm {
+  Norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t P, ScalarType type)
+      : weight("norm_weight", weight, P, type), bias("norm_bias", bias, P, type) {}
+  const Parameter weight, bias;
+};
+
+// The projection, [O, P] and [O].
+struct Projection {
+  Projection(const char* name, const Tensor& weight, const char* bias_name, const std::optional<Tensor>& bias,
+             int64_t O, int64_t P, ScalarType type)
+      : weight(name, weight, O * P, type), bias(bias_name, bias, O, type) {}
+  const Parameter weight, bias;
+};
+
+// A batch normalisation with running statistics, [O] each; mean and var are null together.
+struct RunningNorm {
+  RunningNorm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& mean, const std::optional<Tensor>& var, int64_t O, ScalarType type,
+              ScalarType statistics_type)
+      : weight("bn_weight", weight, O, type),
+        bias("bn_bias", bias, O, type),
+        mean("bn_mean", mean, O, statistics_type),
+        var("bn_var", var, O, statistics_type) {
+    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "bn_mean and bn_var must be given together");
+  }
+  const Parameter weight, bias, mean, var;
+};
+
+// Mean and rstd of the images [B], maximum and sum of each row of the softmax [B, N].
+struct Saved {
+  Tensor mean, rstd, row_max, row_sum;
+};
+
+inline Saved empty_saved(const Tensor& x, int64_t B, int64_t N, ScalarType type) {
+  return {torch::stable::new_empty(x, {B}, type), torch::stable::new_empty(x, {B}, type),
+          torch::stable::new_empty(x, {B, N}, type), torch::stable::new_empty(x, {B, N}, type)};
+}
+
+// A gradient of the shape and type of a parameter: written by kernels in `type`, converted at the end.
+class Gradient {
+ public:
+  Gradient(const std::optional<Tensor>& parameter, bool needed, const Tensor& like, ScalarType type)
+      : type_(parameter.has_value() ? parameter->scalar_type() : like.scalar_type()) {
+    const bool made = needed && parameter.has_value();
+    tensor_ = made ? torch::stable::new_empty(*parameter, parameter->sizes(), type)
+                   : torch::stable::new_empty(like, {0}, type_);
+    data_ = made ? tensor_.mutable_data_ptr() : nullptr;
+  }
+  void* data() const { return data_; }
+  Tensor result() const {
+    return data_ && tensor_.scalar_type() != type_ ? torch::stable::to(tensor_, type_) : tensor_;
+  }
+
+ private:
+  ScalarType type_;
+  Tensor tensor_;
+  void* data_;
+};
+
+struct NormGradient {
+  NormGradient(const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+               const std::vector<bool>& needs, const Tensor& like, ScalarType type)
+      : weight(norm_weight, needs[1], like, type), bias(norm_bias, needs[2], like, type) {}
+  const Gradient weight, bias;
+};
+
+}  // namespace shvit
