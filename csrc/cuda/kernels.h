@@ -40,8 +40,8 @@ struct ShsaForwardParams {
   const void *bn_weight, *bn_bias, *bn_mean, *bn_var;
   bool bn_statistics_float32;  // otherwise they hold the storage type
   void* y;
-  // [B], [B], [B, N], [B, N]. With logits l = log2(e) * scale * q^T k, row_max = max l and row_sum = sum
-  // 2^(l - row_max): in these units the backward meets the very numbers that the forward subtracted.
+  // [B], [B], [B, N], [B, N]. With logits l = scale * q^T k, row_max = max l and row_sum = sum exp(l -
+  // row_max).
   float *mean, *rstd, *row_max, *row_sum;
 };
 
