@@ -45,6 +45,20 @@ struct ShsaForwardParams {
   float *mean, *rstd, *row_max, *row_sum;
 };
 
+// shsa_forward.cu: short images, in one launch. Whether they fit into a block of the current device.
+bool shsa_forward_fits(const Sizes& sizes, Type type);
+const char* shsa_forward(const ShsaForwardParams& params, Type type, void* stream);
+
+// shsa_mixer.cu: y = x + proj_weight shsa(x) + proj_bias. Of `attention`, which relu is part of, y is the
+// result; the statistics are not saved.
+struct ShsaMixerParams {
+  ShsaForwardParams attention;
+  const void *proj_weight, *proj_bias;  // [C, C], [C] or null
+  void* workspace;
+};
+size_t shsa_mixer_workspace(const ShsaMixerParams& params, Type type);
+const char* shsa_mixer(const ShsaMixerParams& params, Type type, void* stream);
+
 // From the gradient of y to that of x beyond P, of z = norm(x1), and parts of those of the (unfolded)
 // projection; norm_backward and the reduction of the parts finish. Null where not needed.
 struct ShsaBackwardParams {

@@ -1,0 +1,310 @@
+// Attention over the first P channels of the images of a block, everything on chip: what shsa_forward and
+// shsa_mixer share.
+//
+//   z = norm(x1);   [q k v] = factor * (W z) + offset;   a = softmax(scale * q k^T);   a v
+//
+// One image, or several where N <= 16, each with a group of warps of its own. A warp's unit of work is 16
+// tokens: its rows of q, k, v, its logits (in registers, for all keys), its probabilities (the same registers),
+// its rows of a v.
+#pragma once
+
+#include "norm.cuh"
+
+namespace shvit::cuda {
+
+constexpr int kMostShortTokens = 256;
+constexpr int kColumnPairs = 4;  // 16-column tiles that a warp sums at a time
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Where things lie in the shared memory of a block. In the projection's rows queries, keys and values start at
+// multiples of 16.
+struct ShortLayout {
+  int images, warps;
+  int D, P, O;  // padded; O = 2 D + P
+  int ld_weight, ld_z, ld_qkv;
+  int z_values, qkv_values;  // of an image
+  int weight_values;
+
+  __host__ __device__ ShortLayout(const Sizes& s, bool channels_last, int images, int warps)
+      : images(images),
+        warps(warps),
+        D(padded(s.D)),
+        P(padded(s.P)),
+        O(2 * D + P),
+        ld_weight(row_distance(s.P)),
+        ld_z(row_distance(channels_last ? s.P : s.N)),
+        ld_qkv(row_distance(O)),
+        z_values((channels_last ? padded(s.N) : P) * ld_z),
+        qkv_values(padded(s.N) * ld_qkv),
+        weight_values(O * ld_weight) {}
+
+  // Floats behind the matrices: factor [O], offset [O], norm weight [P], norm bias [P], two per warp.
+  __host__ __device__ int floats() const { return 2 * O + 2 * P + 2 * warps; }
+
+  template <class T>
+  __host__ __device__ size_t bytes() const {
+    return (weight_values + static_cast<size_t>(images) * (z_values + qkv_values)) * sizeof(T) +
+           floats() * sizeof(float);
+  }
+};
+
+template <class T>
+struct ShortMemory {
+  T *weight, *z, *qkv;  // z and qkv of this thread's image; z later holds a v
+  float *factor, *offset, *norm_weight, *norm_bias, *scratch;
+
+  __device__ ShortMemory(const ShortLayout& layout, T* base, int image) {
+    weight = base;
+    z = weight + layout.weight_values + image * layout.z_values;
+    qkv = weight + layout.weight_values + layout.images * layout.z_values + image * layout.qkv_values;
+    factor = reinterpret_cast<float*>(weight + layout.weight_values +
+                                      layout.images * (layout.z_values + layout.qkv_values));
+    offset = factor + layout.O;
+    norm_weight = offset + layout.O;
+    norm_bias = norm_weight + layout.P;
+    scratch = norm_bias + layout.P;
+  }
+};
+
+// The projection's output that column o of the padded layout holds, or -1 in the padding.
+__device__ __forceinline__ int projected_channel(const Sizes& s, const ShortLayout& layout, int o) {
+  if (o < layout.D) return o < s.D ? o : -1;
+  o -= layout.D;
+  if (o < layout.D) return o < s.D ? s.D + o : -1;
+  o -= layout.D;
+  return o < s.P ? 2 * s.D + o : -1;
+}
+
+template <class T>
+__device__ void load_projection(const ShsaForwardParams& p, const ShortLayout& layout,
+                                const ShortMemory<T>& m) {
+  const Sizes& s = p.sizes;
+  const Group block = whole_block();
+  const T* weight = static_cast<const T*>(p.qkv_weight);
+  const int ld = layout.ld_weight;
+  load_matrix(block, m.weight, ld, weight, s.P, s.D, s.P);
+  load_matrix(block, m.weight + layout.D * ld, ld, weight + s.D * s.P, s.P, s.D, s.P);
+  load_matrix(block, m.weight + 2 * layout.D * ld, ld, weight + 2 * s.D * s.P, s.P, s.P, s.P);
+}
+
+// A value of a parameter [O] or [P]; `otherwise` where the parameter is absent.
+template <class T>
+__device__ __forceinline__ float parameter(const void* values, int i, float otherwise) {
+  return values ? to_float(static_cast<const T*>(values)[i]) : otherwise;
+}
+
+template <class T>
+__device__ void load_vectors(const ShsaForwardParams& p, const ShortLayout& layout, const ShortMemory<T>& m) {
+  for (int o = threadIdx.x; o < layout.O; o += blockDim.x) {
+    const int channel = projected_channel(p.sizes, layout, o);
+    float factor = 1.0f, offset = 0.0f;
+    if (channel >= 0) {
+      offset = parameter<T>(p.qkv_bias, channel, 0.0f);
+      if (p.bn_mean) {
+        const bool wide = p.bn_statistics_float32;
+        const float mean =
+            wide ? parameter<float>(p.bn_mean, channel, 0.0f) : parameter<T>(p.bn_mean, channel, 0.0f);
+        const float variance =
+            wide ? parameter<float>(p.bn_var, channel, 0.0f) : parameter<T>(p.bn_var, channel, 0.0f);
+        factor = parameter<T>(p.bn_weight, channel, 1.0f) * rsqrtf(variance + p.bn_eps);
+        offset = (offset - mean) * factor + parameter<T>(p.bn_bias, channel, 0.0f);
+      }
+    }
+    m.factor[o] = factor;
+    m.offset[o] = offset;
+  }
+  if (p.norm_weight) {
+    for (int c = threadIdx.x; c < p.sizes.P; c += blockDim.x) {
+      m.norm_weight[c] = parameter<T>(p.norm_weight, c, 1.0f);
+      m.norm_bias[c] = parameter<T>(p.norm_bias, c, 0.0f);
+    }
+  }
+}
+
+// x1 to z, in place. `saves`: this thread's image is one of the batch, not a stand-in behind its end.
+template <bool ChannelsLast, class T>
+__device__ void normalise_image(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
+                                const ShortMemory<T>& m, int64_t image, bool saves) {
+  const int rows = ChannelsLast ? p.sizes.N : p.sizes.P, columns = ChannelsLast ? p.sizes.P : p.sizes.N;
+  Statistics statistics = {0.0f, 1.0f};
+  if (p.norm_weight) {
+    if (p.statistics_given) {
+      statistics = {p.mean[image], p.rstd[image]};
+    } else {
+      statistics = image_statistics(group, m.z, layout.ld_z, rows, columns, p.norm_eps, m.scratch);
+    }
+    normalise<!ChannelsLast>(group, m.z, layout.ld_z, rows, columns, statistics, m.norm_weight, m.norm_bias);
+  }
+  if (saves && p.mean && !p.statistics_given && group.rank == 0) {
+    p.mean[image] = statistics.mean;
+    p.rstd[image] = statistics.rstd;
+  }
+}
+
+// qkv[token, o] = factor[o] * sum_c z[token, c] W[o, c] + offset[o]; zero in the padding, which later products
+// sum over.
+template <class Op, bool ChannelsLast, class T>
+__device__ void project_image(const Sizes& s, const Group& group, const ShortLayout& layout,
+                              const ShortMemory<T>& m) {
+  using Left = std::conditional_t<ChannelsLast, KContiguous<T>, KStrided<T>>;
+  const int tiles = padded(s.N) / kTile, all_pairs = layout.O / kTile;
+  const int pairs = min(kColumnPairs, (all_pairs * tiles + group.warps() - 1) / group.warps());
+  const int strips = (all_pairs + pairs - 1) / pairs;
+  for (int task = group.rank / kWarp; task < tiles * strips; task += group.warps()) {
+    const int row = task % tiles * kTile, column = task / tiles * pairs * kTile;
+    const int here = min(pairs, all_pairs - column / kTile);
+    Sums<kColumnPairs> sums;
+    clear<kColumnPairs>(sums);
+    product<Op, kColumnPairs>(sums, Left{m.z, layout.ld_z}, row, KContiguous<T>{m.weight, layout.ld_weight},
+                              column, layout.P, here);
+    for_each_pair<kColumnPairs>(
+        sums,
+        [&](int i, int j, float first, float second) {
+          const int token = row + i, o = column + j;
+          const bool inside = token < s.N;
+          first = inside && projected_channel(s, layout, o) >= 0 ? first * m.factor[o] + m.offset[o] : 0.0f;
+          second = inside && projected_channel(s, layout, o + 1) >= 0
+                       ? second * m.factor[o + 1] + m.offset[o + 1]
+                       : 0.0f;
+          store_pair(m.qkv + token * layout.ld_qkv + o, first, second);
+        },
+        here);
+  }
+}
+
+// A warp's logits of 16 queries and the block of 64 keys from `first` on: scale * q k^T, -inf behind the last
+// key.
+template <class Op, class T>
+__device__ __forceinline__ void logits_of_block(Sums<kColumnPairs>& logits, const ShsaForwardParams& p,
+                                                const ShortLayout& layout, const ShortMemory<T>& m, int row,
+                                                int first) {
+  const int t = lane_index() % 4, keys = p.sizes.N - first;
+  const KContiguous<T> q{m.qkv, layout.ld_qkv}, k{m.qkv + layout.D, layout.ld_qkv};
+  clear<kColumnPairs>(logits);
+  product<Op, kColumnPairs>(logits, q, row, k, first, layout.D, min(kColumnPairs, padded(keys) / kTile));
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnPairs; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      logits[j][i] = 8 * j + 2 * t + i % 2 < keys ? logits[j][i] * p.scale : -INFINITY;
+}
+
+// Raises the maxima of a lane's two rows to those of its logits.
+__device__ __forceinline__ void raise(float (&row_max)[2], const Sums<kColumnPairs>& logits) {
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnPairs; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row_max[i / 2] = ptx::max_nan(row_max[i / 2], logits[j][i]);
+}
+
+// Logits become exp(logit - maximum), and 0 behind the last key even if the maximum is not finite.
+__device__ __forceinline__ void exponentiate(Sums<kColumnPairs>& logits, const float (&row_max)[2], int keys) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnPairs; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      logits[j][i] =
+          8 * j + 2 * t + i % 2 < keys ? ptx::exp2_approx((logits[j][i] - row_max[i / 2]) * kLog2E) : 0.0f;
+}
+
+__device__ __forceinline__ void add_rows(float (&row_sum)[2], const Sums<kColumnPairs>& terms) {
+#pragma unroll
+  for (int j = 0; j < 2 * kColumnPairs; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row_sum[i / 2] += terms[j][i];
+}
+
+// a v (through ReLU) to the place of z, which no warp may need any more. Up to 64 keys the logits stay in
+// registers; of more they are computed again, D being small, once the maximum is known.
+template <class Op, bool ChannelsLast, class T>
+__device__ void attend_image(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
+                             const ShortMemory<T>& m, int64_t image, bool saves) {
+  const Sizes& s = p.sizes;
+  constexpr int kBlock = kColumnPairs * kTile;
+  const int tiles = padded(s.N) / kTile, value_pairs = layout.P / kTile;
+  const bool one_block = s.N <= kBlock;
+  // Warps beyond the number of tiles share the columns of a tile.
+  const int sharers = max(1, group.warps() / tiles);
+  const int pairs_each = (value_pairs + sharers - 1) / sharers;
+  for (int task = group.rank / kWarp; task < tiles * sharers; task += group.warps()) {
+    const int row = task % tiles * kTile, share = task / tiles;
+    Sums<kColumnPairs> terms;
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f}, inverse[2];
+    for (int first = 0; first < s.N; first += kBlock) {
+      logits_of_block<Op>(terms, p, layout, m, row, first);
+      raise(row_max, terms);
+    }
+    for (float& highest : row_max) highest = row_max_of_lanes(highest);
+
+    const int begin = share * pairs_each, end = min(value_pairs, begin + pairs_each);
+    for (int pair = begin; pair < end; pair += kColumnPairs) {
+      const int here = min(kColumnPairs, end - pair), column = pair * kTile;
+      Sums<kColumnPairs> sums;
+      clear<kColumnPairs>(sums);
+      for (int first = 0; first < s.N; first += kBlock) {
+        const int keys = s.N - first;
+        if (!one_block) logits_of_block<Op>(terms, p, layout, m, row, first);
+        if (!one_block || pair == begin) exponentiate(terms, row_max, keys);
+        if (pair == begin) add_rows(row_sum, terms);
+        const KStrided<T> v{m.qkv + 2 * layout.D + first * layout.ld_qkv, layout.ld_qkv};
+        product_of_sums<Op, kColumnPairs, kColumnPairs>(sums, terms, v, column,
+                                                        min(kColumnPairs, padded(keys) / kTile), here);
+      }
+      if (pair == begin) {
+        for (int half = 0; half < 2; ++half) {
+          row_sum[half] = row_sum_of_lanes(row_sum[half]);
+          inverse[half] = 1.0f / row_sum[half];
+          const int token = row + lane_index() / 4 + 8 * half;
+          if (saves && p.row_max && share == 0 && lane_index() % 4 == 0 && token < s.N) {
+            p.row_max[image * s.N + token] = row_max[half];
+            p.row_sum[image * s.N + token] = row_sum[half];
+          }
+        }
+      }
+      for_each_pair<kColumnPairs>(
+          sums,
+          [&](int i, int j, float one, float two) {
+            one *= inverse[i / 8];
+            two *= inverse[i / 8];
+            if (p.relu) {
+              one = ptx::max_nan(one, 0.0f);
+              two = ptx::max_nan(two, 0.0f);
+            }
+            if (ChannelsLast) {
+              store_pair(m.z + (row + i) * layout.ld_z + column + j, one, two);
+            } else {
+              m.z[(column + j) * layout.ld_z + row + i] = from_float<T>(one);
+              m.z[(column + j + 1) * layout.ld_z + row + i] = from_float<T>(two);
+            }
+          },
+          here);
+    }
+  }
+}
+
+// From global memory to a v in the place of z, complete after a barrier.
+template <class A, bool ChannelsLast>
+__device__ void attend(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
+                       const ShortMemory<typename A::T>& m, int64_t image, bool saves) {
+  using T = typename A::T;
+  const Sizes& s = p.sizes;
+  load_projection(p, layout, m);
+  const T* x = static_cast<const T*>(p.x) + image * s.C * s.N;
+  if (ChannelsLast) {
+    load_matrix(group, m.z, layout.ld_z, x, s.C, s.N, s.P);
+  } else {
+    load_matrix(group, m.z, layout.ld_z, x, s.N, s.P, s.N);
+  }
+  ptx::cp_async_commit();
+  load_vectors(p, layout, m);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  normalise_image<ChannelsLast>(p, group, layout, m, image, saves);
+  __syncthreads();
+  project_image<typename A::Projection, ChannelsLast>(s, group, layout, m);
+  __syncthreads();
+  attend_image<typename A::Attention, ChannelsLast>(p, group, layout, m, image, saves);
+}
+
+}  // namespace shvit::cuda
