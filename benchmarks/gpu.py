@@ -37,8 +37,8 @@ LIMITS = {"build": 300.0, "quick": 120.0, "tests": 150.0, "sanitizer": 90.0}
 """Seconds that a part may take, besides the budget of the whole."""
 WITHOUT_BUDGET = 20.0
 """Limits are this many times longer where there is no budget."""
-CASE_LIMIT = 8.0
-"""A case is given up after this many times its expected seconds, plus START seconds for a new process."""
+CASE_LIMIT = 15.0
+"""A case is given up after this many times its expected seconds, plus START seconds where the process is new."""
 START = 60.0
 DECISIVE = 18
 MOST_CRASHES = 3
@@ -246,14 +246,14 @@ class Run:
         )
 
     def _plan(self) -> list[dict[str, Any]]:
-        answer = self._ask(START + 60, what="entries")
+        answer = self._ask(60, what="entries")
         if "error" in answer:
             raise RuntimeError(f"the cases cannot be listed: {answer['error']}")
         return answer["result"]
 
     def decisive(self) -> str:
         if self.device == "cuda":
-            self.results["ceilings"] = self._ask(START + 20, what="ceilings").get("result", {})
+            self.results["ceilings"] = self._ask(20, what="ceilings").get("result", {})
         return self._measure(self._plan()[:DECISIVE])
 
     def bench(self) -> str:
@@ -264,6 +264,7 @@ class Run:
         """Ask the worker, a new one if need be; one that gave an error or no answer is ended."""
         if self.worker is None or not self.worker.alive():
             self.worker = Worker(self.device, self.log)
+            limit += START
         try:
             answer = self.worker.ask(min(limit, self.left()), **request)
         except OutOfTime:
@@ -299,8 +300,7 @@ class Run:
             lost[name] = {"skipped": f"it ended {MOST_CRASHES} processes before"}
         while True:
             able = [name for name in names if name not in lost]
-            limit = CASE_LIMIT * entry["seconds"] + START
-            answer = self._ask(limit, what="case", id=entry["id"], contenders=able)
+            answer = self._ask(CASE_LIMIT * entry["seconds"], what="case", id=entry["id"], contenders=able)
             if "result" in answer:
                 record = answer["result"]
                 record["contenders"] |= lost
@@ -327,7 +327,7 @@ class Run:
             self.results["parts"][part] = {"summary": summary, "seconds": time.monotonic() - begun}
             self.say(f"{part}: {summary}")
             if part == "build" or not self.results["facts"]:
-                self.results["facts"] = self._ask(START + 60, what="facts").get("result", {})
+                self.results["facts"] = self._ask(60, what="facts").get("result", {})
             self.save()
         if self.worker is not None:
             self.worker.end()

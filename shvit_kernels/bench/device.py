@@ -24,7 +24,7 @@ ROTATED_BYTES = 200e6
 MOST_BUFFERS = {"models": 16}
 """By suite, by default 256. Where images are so small that this many do not suffice, the cache is emptied before every
 replay instead."""
-CALLS = 64
+CALLS = 128
 """At least, in a graph, where that takes no longer than LONGEST_GRAPH seconds."""
 LONGEST_GRAPH = 0.02
 ROUNDS = 30
@@ -53,9 +53,8 @@ def rotation(case: Case) -> tuple[int, bool]:
     return min(needed, most), needed > most
 
 
-def _wall_sampler(step: Step, inputs: Inputs, device: str, seconds: float) -> Sampler:
+def _wall_sampler(step: Step, inputs: Inputs, device: str, calls: int) -> Sampler:
     """Wall clock of a number of calls and the wait for the last: what a program without graphs sees."""
-    calls = max(1, min(50, int(0.005 / seconds)))
 
     def sample() -> float:
         _synchronize(device)
