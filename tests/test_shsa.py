@@ -9,7 +9,7 @@ import torch
 from shvit_kernels.backends import native
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, generator, named, shsa_call
-from tests.support.numerics import assert_parity, expect, largest, unit_roundoff
+from tests.support.numerics import assert_parity, assert_same_non_finite, expect, largest, unit_roundoff
 
 pytestmark = native_tier.needs_native
 
@@ -193,13 +193,6 @@ def test_operator_has_no_gradient_of_an_absent_parameter():
 # Non-finite values
 
 NON_FINITE = (math.nan, math.inf, -math.inf)
-
-
-def assert_same_non_finite(result: torch.Tensor, specified: torch.Tensor) -> None:
-    assert torch.equal(result.isnan(), specified.isnan()), "NaN is not where the specification has it"
-    infinite = specified.isinf()
-    assert torch.equal(result.isinf(), infinite), "infinity is not where the specification has it"
-    assert torch.equal(result[infinite], specified[infinite]), "infinity has the other sign"
 
 
 @pytest.mark.parametrize("variant", native_tier.each_variant())

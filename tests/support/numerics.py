@@ -159,3 +159,10 @@ def assert_parity(results: Results, expected: dict[str, Expected]) -> None:
         if not error <= e.bound:  # so that NaN is wrong too
             wrong.append(f"{name} is {error:.3g} from the truth, its bound is {e.bound:.3g}")
     assert not wrong, "; ".join(wrong)
+
+
+def assert_same_non_finite(result: Tensor, specified: Tensor) -> None:
+    assert torch.equal(result.isnan(), specified.isnan()), "NaN is not where the specification has it"
+    infinite = specified.isinf()
+    assert torch.equal(result.isinf(), infinite), "infinity is not where the specification has it"
+    assert torch.equal(result[infinite], specified[infinite]), "infinity has the other sign"

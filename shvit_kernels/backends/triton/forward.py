@@ -311,9 +311,9 @@ def attend(
     y = torch.empty_like(x, memory_format=ops.memory_format(x))
     row_max = row_sum = mean_out = rstd_out = None
     if statistics:
-        row_max, row_sum = x.new_empty(2, B, N, dtype=torch.float32)
+        row_max, row_sum = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
         if mean is None:
-            mean_out, rstd_out = x.new_empty(2, B, dtype=torch.float32)
+            mean_out, rstd_out = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
     results = y, mean_out if mean is None else mean, rstd_out if rstd is None else rstd, row_max, row_sum
     if B == 0:
         return results

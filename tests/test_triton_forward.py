@@ -1,0 +1,336 @@
+"""``shsa`` and ``shsa_eval`` of the Triton kernels, forward, against the specification (design section 6).
+
+Interpreted where no GPU is; on one, the same tests run compiled.
+"""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shvit_kernels import functional
+from shvit_kernels.backends import triton
+from tests.support.cases import Case, eval_call, named, shsa_call
+from tests.support.numerics import (
+    Call,
+    assert_parity,
+    assert_same_non_finite,
+    device_of,
+    expect,
+    largest,
+    moved,
+    unit_roundoff,
+)
+from tests.support.triton import needs_triton
+
+kernels = pytest.importorskip("shvit_kernels.backends.triton.forward", exc_type=ImportError)  # needs triton
+
+pytestmark = needs_triton
+
+BACKEND = "triton"
+DEVICE = device_of(BACKEND)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LAYOUTS = ("nchw", "channels_last")
+OPERATORS = torch.ops.shvit_kernels
+
+STAGES = named(
+    [
+        Case(P=P, N=N, beyond=C - P, B=B, dtype=dtype, layout=layout)
+        for (C, P, N, B), dtype, layout in zip(
+            [(224, 48, 49, 1), (320, 68, 16, 3), (308, 66, 49, 2), (448, 96, 16, 5), (352, 75, 49, 2), (336, 72, 64, 2)]
+            * 2,
+            itertools.cycle(DTYPES),
+            itertools.cycle(LAYOUTS * 3 + LAYOUTS[::-1] * 3),
+            strict=False,
+        )
+    ]
+)
+CORNERS = named(
+    [
+        Case(P=1, D=1, N=1, beyond=0, B=1),
+        Case(P=1, D=1, N=1, beyond=1, B=5, dtype=torch.float16),
+        Case(P=7, N=1, B=17, dtype=torch.bfloat16, layout="channels_last"),
+        Case(P=32, N=16, beyond=1, B=3, norm="weight", bias=False),
+        Case(P=130, D=64, N=16, norm="none", bias=False, relu=False, B=1, beyond=3),
+        Case(P=66, D=24, N=36, beyond=0, dtype=torch.bfloat16, norm="none"),
+        Case(P=75, D=8, N=25, beyond=6, dtype=torch.float16, layout="channels_last", relu=False),
+        Case(strides="expanded"),
+        Case(strides="sliced", dtype=torch.float16),
+        Case(strides="permuted", layout="channels_last"),
+        Case(autocast=True),
+        Case(autocast=True, dtype=torch.bfloat16, layout="channels_last"),
+        Case(B=0),
+        Case(B=0, layout="channels_last", dtype=torch.bfloat16),
+    ]
+)
+SEVERAL = [Case(P=20, D=8, N=16, beyond=17, B=3), Case(P=20, D=8, N=49, beyond=17, B=3)]
+"""Short images, one or several to a block."""
+
+
+def by_name(cases: dict[str, Case]) -> list:
+    return [pytest.param(case, id=name) for name, case in cases.items()]
+
+
+def forward(call: Call) -> torch.Tensor:
+    with torch.no_grad():
+        return call.run(BACKEND, ())["y"]
+
+
+def check(call: Call) -> None:
+    assert_parity({"y": forward(call)}, expect(call))
+
+
+@pytest.mark.parametrize("case", by_name(STAGES | CORNERS))
+def test_parity(case):
+    check(shsa_call(case))
+
+
+@pytest.mark.parametrize("batch_norm", ["affine", "not_affine", "none"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("case", [Case(dtype=torch.float16), Case(N=16, P=68, B=3, layout="channels_last")], ids=str)
+def test_evaluation(case, bias, batch_norm):
+    check(eval_call(replace(case, bias=bias), batch_norm))
+
+
+@pytest.mark.parametrize("case", by_name(STAGES))
+def test_evaluation_of_stages(case):
+    check(eval_call(replace(case, bias=False)))
+
+
+def test_statistics_of_another_type_are_read_as_they_are():
+    call = eval_call(Case(dtype=torch.float16))
+    widened = call.map(lambda k, t: t.float() if k.startswith("bn") else t)
+    check(widened)
+
+
+def test_a_variance_of_zero_stays_finite():
+    call = eval_call(Case())
+    call.inputs["bn_var"].zero_()
+    check(call)
+
+
+def settings(case: Case) -> tuple:
+    return case.D, 1e-5, case.D**-0.5, case.relu, False, False
+
+
+@pytest.mark.parametrize("case", [*SEVERAL, Case(P=75, N=64, norm="none", dtype=torch.bfloat16)], ids=str)
+def test_what_the_backward_reads(case):
+    call = shsa_call(case)
+    inputs = [t if t is None else moved(t, DEVICE) for t in call.inputs.values()]
+    _, *saved = OPERATORS.shsa_forward_triton(*inputs, *settings(case))
+    x, norm_weight, norm_bias, weight, bias = (t if t is None else t.double().cpu() for t in inputs)
+    x1 = x[:, : case.P].flatten(2)
+    mean, rstd = torch.zeros(case.B).double(), torch.ones(case.B).double()
+    if norm_weight is not None:
+        variance, mean = torch.var_mean(x1, (1, 2), correction=0)
+        rstd = (variance + 1e-5).rsqrt()
+        x1 = torch.group_norm(x1, 1, norm_weight, norm_bias, 1e-5)
+    q, k, _ = (weight @ x1 + bias[:, None]).split([case.D, case.D, case.P], 1)
+    logits = q.mT @ k * case.D**-0.5
+    row_max = logits.amax(-1)
+    row_sum = (logits - row_max[:, :, None]).exp().sum(-1)
+    tolerance = 64 * unit_roundoff(case.dtype) * largest(logits)
+    for result, expected in zip(saved, (mean, rstd, row_max, row_sum), strict=True):
+        assert result.dtype == torch.float32 and result.shape == expected.shape
+        torch.testing.assert_close(result.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", [*SEVERAL, Case(N=64, dtype=torch.float16, layout="channels_last")], ids=str)
+def test_statistics_that_are_given_are_read(case):
+    inputs = [t if t is None else moved(t, DEVICE) for t in shsa_call(case).inputs.values()]
+    no_batch_norm = (None, None, None, None, 0.0)
+    y, mean, rstd, *_ = kernels.attend(*inputs, *no_batch_norm, *settings(case), True)
+    again, *saved = kernels.attend(*inputs, *no_batch_norm, *settings(case), True, mean, rstd)
+    assert torch.equal(y, again)
+    assert saved[0] is mean and saved[1] is rstd
+    other = kernels.attend(*inputs, *no_batch_norm, *settings(case), False, mean + 1, rstd)
+    assert not torch.equal(y, other[0]) and other[3] is None and other[4] is None
+
+
+@pytest.mark.parametrize("tf32", [(True, False), (False, True), (True, True)])
+def test_tf32_is_near(tf32):
+    case = Case(P=72, N=64)
+    call = shsa_call(case)
+    inputs = [moved(t, DEVICE) for t in call.inputs.values()]
+    y, *_ = OPERATORS.shsa_forward_triton(*inputs, *settings(case)[:4], *tf32)
+    expected = expect(call)["y"].value
+    assert largest(y.double().cpu() - expected) <= 16 * 2.0**-11 * largest(expected)
+
+
+# Channels beyond P
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_beyond_the_partial_ones_pass_through(dtype, layout):
+    """Runs of every alignment, shorter and longer than a vector, in images that start anywhere."""
+    for P, beyond, N in ((1, 1, 1), (1, 2, 3), (3, 1, 5), (3, 2, 7), (5, 1, 16), (3, 8, 9), (7, 40, 49)):
+        case = Case(P=P, D=2, N=N, beyond=beyond, B=4, layout=layout, dtype=dtype, relu=False)
+        call = shsa_call(case)
+        call.inputs["x"] = call.inputs["x"][1:]
+        assert torch.equal(forward(call)[:, P:], call.inputs["x"][:, P:]), case
+
+
+def test_channels_of_many_blocks_pass_through():
+    for layout in LAYOUTS:
+        call = shsa_call(Case(P=7, beyond=1000, N=49, layout=layout))
+        assert torch.equal(forward(call)[:, 7:], call.inputs["x"][:, 7:].relu())
+
+
+@pytest.mark.skipif(triton.INTERPRETED, reason="needs 9 GB of a GPU's memory")
+def test_offsets_beyond_32_bits():
+    B, C, P, side = 34000, 1024, 16, 8
+    x = torch.zeros(B, C, side, side, dtype=torch.float16, device=DEVICE)
+    x[-1] = torch.randn(C, side, side, device=DEVICE)
+    weight = torch.randn(48, P, device=DEVICE, dtype=torch.float16)
+    y = functional.shsa(x, weight, qk_dim=16, backend=BACKEND)[-1:]
+    alone = functional.shsa(x[-1:], weight, qk_dim=16, backend=BACKEND)
+    assert torch.equal(y, alone)
+
+
+# Layouts and strides
+
+
+@pytest.mark.parametrize("strides", ["dense", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_keeps_the_memory_format(layout, strides):
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert forward(shsa_call(Case(layout=layout, strides=strides))).is_contiguous(memory_format=memory_format)
+
+
+def test_input_is_left_as_it_was():
+    call = shsa_call(Case())
+    inputs = {k: moved(t, DEVICE) for k, t in call.inputs.items()}
+    before = {k: t.clone() for k, t in inputs.items()}
+    functional.shsa(**inputs, qk_dim=16, backend=BACKEND)
+    assert all(torch.equal(t, before[k]) for k, t in inputs.items())
+
+
+# Non-finite values
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no_relu"])
+@pytest.mark.parametrize("channel", [3, 30], ids=["in_attention", "beyond_attention"])
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+def test_non_finite_input_stays_in_its_image(case, channel, relu):
+    turns = zip(itertools.product((math.nan, math.inf, -math.inf), LAYOUTS), itertools.cycle(DTYPES), strict=False)
+    for ((value, layout), dtype), norm in zip(turns, itertools.cycle(("affine", "none")), strict=False):
+        call = shsa_call(replace(case, layout=layout, dtype=dtype, norm=norm, relu=relu))
+        clean = forward(call)
+        call.inputs["x"].flatten(2)[1, channel, 5] = value
+        dirty = forward(call)
+        assert torch.equal(clean[0::2], dirty[0::2]), f"{value} in image 1, {dtype}, {layout}, {norm}"
+        assert_same_non_finite(dirty, call.run("eager", ())["y"])
+
+
+@pytest.mark.parametrize("parameter", ["norm_weight", "norm_bias", "qkv_weight", "qkv_bias"])
+def test_non_finite_parameters_show_where_the_specification_has_them(parameter):
+    P, D = 20, 8
+    rows = {"query": 0, "key": D, "value": 2 * D} if parameter.startswith("qkv") else {"channel": 2}
+    values = itertools.cycle((math.nan, math.inf, -math.inf))
+    for value, row, N in zip(values, itertools.cycle(rows.values()), (1, 16, 49) * 3, strict=False):
+        call = shsa_call(Case(P=P, D=D, N=N, relu=N == 16))
+        call.inputs[parameter][row] = value
+        assert_same_non_finite(forward(call), call.run("eager", ())["y"])
+
+
+def test_relu_keeps_nan():
+    call = shsa_call(Case(P=4, D=2, N=16, beyond=3, B=1))
+    call.inputs["x"][0, 6, 1, 1] = math.nan
+    y = forward(call)
+    assert y[0, 6, 1, 1].isnan() and y.isnan().sum() == 1
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_ten_thousand(dtype):
+    case = Case(P=32, N=49, dtype=dtype, relu=False, B=8)
+    call = shsa_call(case)
+    inputs = call.to(torch.float64).inputs
+    z = torch.nn.functional.group_norm(inputs["x"][:, : case.P], 1, inputs["norm_weight"], inputs["norm_bias"])
+    q, k, _ = (inputs["qkv_weight"] @ z.flatten(2) + inputs["qkv_bias"][:, None]).split([case.D, case.D, case.P], 1)
+    check(shsa_call(case, scale=1e4 / largest(q.mT @ k)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+def test_scale(scale):
+    check(shsa_call(Case(P=32), scale=scale))
+
+
+@pytest.mark.parametrize("norm_eps", [0.0, 0.1])
+def test_norm_eps(norm_eps):
+    check(shsa_call(Case(P=32), norm_eps=norm_eps))
+
+
+@pytest.mark.parametrize("N", [1, 16, 49])
+@pytest.mark.parametrize("value", [0.0, -3.7, 1e4])
+def test_without_variance(value, N):
+    P, D = 7, 4
+    call = shsa_call(Case(P=P, D=D, N=N, beyond=0, bias=False, relu=False))
+    call.inputs["x"].fill_(value)
+    call.inputs["qkv_weight"][2 * D :] = torch.eye(P)
+    y = forward(call)
+    x, weight, bias = (call.inputs[k].double() for k in ("x", "norm_weight", "norm_bias"))
+    z = torch.nn.functional.group_norm(x, 1, weight, bias)
+    bound = 32 * 2.0**-24 * (1 + 1e-5**-0.5 * largest(x)) * largest(weight) + 9 * 2.0**-24 * largest(z)
+    assert largest(y.double() - z) <= bound
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_every_run_and_in_any_batch(dtype, case):
+    call = shsa_call(replace(case, dtype=dtype))
+    y = forward(call)
+    assert torch.equal(y, forward(call))
+    for b in range(case.B):
+        alone = call.map(lambda k, t, b=b: t[b : b + 1] if k in ("x", "y") else t)
+        assert torch.equal(y[b : b + 1], forward(alone))
+
+
+# The backend and its operators
+
+
+def test_operators_pass_opcheck():
+    case = Case(P=5, D=2, N=4, beyond=3)
+    inputs = [moved(t, DEVICE) for t in shsa_call(case).inputs.values()]
+    torch.library.opcheck(OPERATORS.shsa_forward_triton.default, (*inputs, *settings(case)))
+    inputs = [moved(t, DEVICE) for t in eval_call(case).inputs.values()]
+    arguments = (*inputs, case.D, 1e-5, 1e-5, 0.5, True, False, False)
+    torch.library.opcheck(OPERATORS.shsa_eval_triton.default, arguments)
+
+
+def test_types_that_it_has_no_kernels_for_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"backend 'triton' .* float16, bfloat16 and float32 and x is torch.float64"):
+        shsa_call(Case(dtype=torch.float64)).run(BACKEND)
+
+
+def test_other_devices_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert triton.why_not(torch.empty(1, 1, 1, 1)) == "it runs on cuda tensors and x is on cpu"
+
+
+def test_without_triton_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", "the package triton is not installed")
+    assert triton.why_unavailable() == triton.why_not(torch.empty(1, 1, 1, 1)) == "the package triton is not installed"
+
+
+def test_old_devices_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Turing")
+    assert triton._why_not_on.__wrapped__(0) == "Triton needs compute capability 8.0 and Turing has 7.5"
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="only interpreted kernels are left out of the automatic choice")
+def test_interpreted_kernels_run_by_name_only(monkeypatch):
+    call = shsa_call(Case(P=5, D=2, N=4, beyond=3, B=1))
+    monkeypatch.setattr(kernels, "attend", None)
+    with pytest.raises(TypeError):
+        call.run(BACKEND, ())
+    assert call.run(None, ())["y"].isfinite().all()
