@@ -1,0 +1,535 @@
+"""Mean and covariance of the normalised first P channels over all tokens, and their gradients.
+
+The covariance is a sum of products of centred values: every tile of tokens is centred by its own mean, and tiles and
+parts are merged exactly (Chan, Golub and LeVeque 1983). Kernels take z less a constant of each channel, on which the
+covariance does not depend: the norm's bias, or without a norm the first token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import ops
+from .common import channels_last, dot, on_device_of, padded
+from .norm_backward import MOST_CHUNK, InputGradient, finish_input_gradient, reduce_parts
+from .tiles import Tiles, both, element, sum_of_image, tile_tokens
+
+TOKENS = 64
+CHANNELS = 32
+"""Channels of a block of the covariance: exact products of larger blocks run out of registers."""
+PARTS = 64
+"""Partial covariances of a batch, at most."""
+MOST_WHOLE = 128
+"""Channels up to which a program measures its images itself."""
+BLOCKS = tl.constexpr(64)
+
+
+# Statistics of images that no single program holds
+
+
+@triton.jit
+def _measure_blocks(
+    x,
+    x1,
+    block_mean,
+    block_square,
+    B,
+    C,
+    P,
+    N,
+    blocks,
+    LAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    PITCH: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Mean and sum of centred squares of each block of an image, and its copy in ``x1``."""
+    tile = tl.program_id(0)
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    tokens = sum_of_image(valid.to(tl.float32), IMAGES, PITCH)
+    mean = tl.zeros([IMAGES * PITCH], tl.float32)
+    square = tl.zeros([IMAGES * PITCH], tl.float32)
+    for start in range(0, P, BP):
+        c = start + tl.arange(0, BP)
+        mask = both(valid, c, P)
+        loaded = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
+        if x1 is not None:
+            tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), loaded, mask)
+        values = loaded.to(tl.float32)
+        size = tl.maximum(tokens * tl.minimum(P - start, BP), 1.0)  # beyond the last image there are no tokens
+        own = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / size
+        centred = tl.where(mask, values - own[:, None], 0.0)
+        before = tokens * start
+        change = own - mean
+        mean += change * (size / (before + size))
+        square += sum_of_image(tl.sum(centred * centred, 1), IMAGES, PITCH)
+        square += change * change * (before * size / (before + size))
+    at = (first + image) * blocks + tile % blocks
+    writes = valid & (n % PITCH == 0)
+    tl.store(block_mean + at, mean, writes)
+    tl.store(block_square + at, square, writes)
+
+
+@triton.jit
+def _merge_blocks(block_mean, block_square, image_mean, image_rstd, P, N, blocks, eps, PITCH: tl.constexpr):
+    image = tl.program_id(0)
+    count = 0.0
+    mean = 0.0
+    square = 0.0
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        exists = block < blocks
+        sizes = tl.where(exists, tl.minimum(N - block * PITCH, PITCH) * P, 0).to(tl.float32)
+        size = tl.sum(sizes, 0)
+        means = tl.load(block_mean + image * blocks + block, exists, 0.0)
+        own = tl.sum(means * sizes, 0) / size
+        away = tl.where(exists, means - own, 0.0)
+        squares = tl.load(block_square + image * blocks + block, exists, 0.0)
+        change = own - mean
+        mean += change * (size / (count + size))
+        square += tl.sum(squares + away * away * sizes, 0) + change * change * (count * size / (count + size))
+        count += size
+    tl.store(image_mean + image, mean)
+    tl.store(image_rstd + image, tl.div_rn(1.0, tl.sqrt_rn(square / count + eps)))
+
+
+# Partial moments
+
+
+@triton.jit
+def _image_statistics(values, mask, size, eps, IMAGES: tl.constexpr, PITCH: tl.constexpr):
+    """Mean and reciprocal deviation of the image of each token."""
+    mean = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / size
+    centred = tl.where(mask, values - mean[:, None], 0.0)
+    variance = sum_of_image(tl.sum(centred * centred, 1), IMAGES, PITCH) / size
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def _shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, LAST: tl.constexpr):
+    """z less the constant of its channel, 0 where there is none."""
+    mask = both(valid, c, P)
+    values = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0).to(tl.float32)
+    if norm_weight is not None:
+        w = tl.load(norm_weight + c, c < P, 0.0).to(tl.float32)
+        return tl.where(mask, (values - mean[:, None]) * rstd[:, None] * w[None, :], 0.0)
+    else:
+        return tl.where(mask, values - _first_token(x, c, P, N, LAST)[None, :], 0.0)
+
+
+@triton.jit
+def _first_token(x, c, P, N, LAST: tl.constexpr):
+    return tl.load(x + c * (1 if LAST else N), c < P, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _partial_moments(
+    x,
+    x1,
+    norm_weight,
+    image_mean,
+    image_rstd,
+    part_count,
+    part_mean,
+    part_products,
+    ticket,
+    B,
+    C,
+    P,
+    N,
+    blocks,
+    tiles,
+    steps,
+    eps,
+    LAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    PITCH: tl.constexpr,
+    BP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Count, mean and centred products of ``steps`` tiles, for one pair of blocks of channels.
+
+    ``WHOLE``, if not 0, holds all channels: then images are measured here, and x1 copied by the first pair.
+    """
+    if tl.program_id(2) < tl.program_id(1):
+        return  # the covariance is symmetric
+    part = tl.program_id(0)
+    is_first_pair = tl.program_id(2) == 0
+    left = tl.program_id(1) * BP + tl.arange(0, BP)
+    right = tl.program_id(2) * BP + tl.arange(0, BP)
+    count = 0.0
+    left_mean = tl.zeros([BP], tl.float32)
+    right_mean = tl.zeros([BP], tl.float32)
+    products = tl.zeros([BP, BP], tl.float32)
+    for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
+        first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+        mean = tl.zeros([IMAGES * PITCH], tl.float32)
+        rstd = mean
+        if WHOLE > 0:
+            c = tl.arange(0, WHOLE)
+            mask = both(valid, c, P)
+            loaded = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
+            if norm_weight is not None:
+                mean, rstd = _image_statistics(loaded.to(tl.float32), mask, P * N, eps, IMAGES, PITCH)
+            if is_first_pair:
+                if norm_weight is not None:
+                    tl.store(image_mean + first + image, mean, valid & (n == 0))
+                    tl.store(image_rstd + first + image, rstd, valid & (n == 0))
+                if x1 is not None:
+                    tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), loaded, mask)
+        elif norm_weight is not None:
+            mean = tl.load(image_mean + first + image, valid, 0.0)
+            rstd = tl.load(image_rstd + first + image, valid, 0.0)
+        size = tl.sum(valid.to(tl.float32), 0)
+        z_left = _shifted_z(x, norm_weight, mean, rstd, first, image, left, n, valid, C, P, N, LAST)
+        z_right = _shifted_z(x, norm_weight, mean, rstd, first, image, right, n, valid, C, P, N, LAST)
+        own_left = tl.sum(z_left, 0) / size
+        own_right = tl.sum(z_right, 0) / size
+        z_left = tl.where(valid[:, None], z_left - own_left[None, :], 0.0)
+        z_right = tl.where(valid[:, None], z_right - own_right[None, :], 0.0)
+        change_left = own_left - left_mean
+        change_right = own_right - right_mean
+        products = dot(tl.trans(z_left), z_right, "ieee", products)
+        products += change_left[:, None] * change_right[None, :] * (count * size / (count + size))
+        left_mean += change_left * (size / (count + size))
+        right_mean += change_right * (size / (count + size))
+        count += size
+    pairs = (left < P)[:, None] & (right < P)[None, :]
+    at = part.to(tl.int64) * P * P + left[:, None] * P + right[None, :]
+    tl.store(part_products + at, products, pairs)
+    if tl.program_id(1) == 0:
+        tl.store(part_mean + part * P + right, right_mean, right < P)
+        if is_first_pair:
+            tl.store(part_count + part, count)
+            if ticket is not None and part == 0:
+                tl.store(ticket, 0)
+
+
+@triton.jit
+def _merge_moments(
+    x,
+    norm_bias,
+    part_count,
+    part_mean,
+    part_products,
+    z_mean,
+    z_cov,
+    weight,
+    shares,
+    ticket,
+    batch_mean,
+    batch_var,
+    parts,
+    count,
+    P,
+    O,
+    N,
+    HAS_NORM: tl.constexpr,
+    LAST: tl.constexpr,
+    PP: tl.constexpr,
+    BO: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One row of the covariance and, by symmetry, one column; every program merges the means for it.
+
+    With ``weight``, also the mean and variance of the projection: each row leaves its share of every variance, and
+    the program that comes last adds them.
+    """
+    row = tl.program_id(0)
+    c = tl.arange(0, PP)
+    r = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, PP], tl.float32)
+    for start in range(0, parts, ROWS):
+        part = start + r
+        counts = tl.load(part_count + part, part < parts, 0.0)
+        total += counts[:, None] * tl.load(part_mean + part[:, None] * P + c[None, :], both(part < parts, c, P), 0.0)
+    mean = tl.sum(total, 0) / count
+    own_mean = tl.sum(tl.where(c == row, mean, 0.0), 0)
+    total = tl.zeros([ROWS, PP], tl.float32)
+    for start in range(0, parts, ROWS):
+        part = start + r
+        mask = both(part < parts, c, P) & (c >= row)[None, :]
+        counts = tl.load(part_count + part, part < parts, 0.0)
+        change = tl.load(part_mean + part[:, None] * P + c[None, :], mask, 0.0) - mean[None, :]
+        own_change = tl.load(part_mean + part * P + row, part < parts, 0.0) - own_mean
+        total += tl.where(mask, change * (own_change * counts)[:, None], 0.0)
+        total += tl.load(part_products + part.to(tl.int64)[:, None] * P * P + row * P + c[None, :], mask, 0.0)
+    cov = tl.sum(total, 0) / count
+    upper = (c >= row) & (c < P)
+    tl.store(z_cov + row * P + c, cov, upper)
+    tl.store(z_cov + c * P + row, cov, upper)
+    if HAS_NORM:
+        if norm_bias is not None:
+            mean += tl.load(norm_bias + c, c < P, 0.0).to(tl.float32)
+    else:
+        mean += _first_token(x, c, P, N, LAST)
+    if row == 0:
+        tl.store(z_mean + c, mean, c < P)
+    if weight is not None:
+        doubled = tl.where(upper, tl.where(c == row, cov, 2.0 * cov), 0.0)
+        for start in range(0, O, BO):
+            o = start + tl.arange(0, BO)
+            w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0).to(tl.float32)
+            own = tl.load(weight + o * P + row, o < O, 0.0).to(tl.float32)
+            tl.store(shares + row * O + o, own * tl.sum(w * doubled[None, :], 1), o < O)
+        tl.debug_barrier()  # the ticket is drawn by one thread
+        if tl.atomic_add(ticket, 1) == P - 1:
+            for start in range(0, O, BO):
+                o = start + tl.arange(0, BO)
+                w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0).to(tl.float32)
+                share = tl.load(shares + c[None, :] * O + o[:, None], both(o < O, c, P), 0.0, cache_modifier=".cg")
+                variance = tl.sum(share, 1)
+                tl.store(batch_mean + o, tl.sum(w * mean[None, :], 1), o < O)
+                tl.store(batch_var + o, tl.where(variance < 0.0, 0.0, variance), o < O)  # keeps NaN
+
+
+def moments(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    P: int,
+    eps: float,
+    x1: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Mean and covariance of z, mean and rstd of the images and, with ``weight``, the mean and variance of its product.
+
+    ``x1``, if given, becomes a copy of the first P channels.
+    """
+    B, C, H, W = x.shape
+    N = H * W
+
+    def fresh(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    O = 0 if weight is None else weight.shape[0]
+    results = [fresh(P), fresh(P, P), fresh(B), fresh(B), *((fresh(O), fresh(O)) if O else (None, None))]
+    z_mean, z_cov, image_mean, image_rstd, batch_mean, batch_var = results
+    if norm_weight is None:
+        image_mean.zero_()
+        image_rstd.fill_(1.0)
+    if B == 0:
+        for t in (z_mean, z_cov, batch_mean, batch_var):
+            if t is not None:
+                t.zero_()
+        return tuple(results)
+    tiles = Tiles.of(B, N, TOKENS)
+    is_whole = tiles.blocks == 1 and P <= MOST_WHOLE
+    steps = triton.cdiv(tiles.count, PARTS)
+    parts = triton.cdiv(tiles.count, steps)
+    chunks = triton.cdiv(P, CHANNELS)
+    part_count, part_mean, part_products = fresh(parts), fresh(parts, P), fresh(parts, P, P)
+    ticket = shares = None
+    if O:
+        ticket, shares = x.new_empty(1, dtype=torch.int32), fresh(P, O)
+    geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
+    with on_device_of(x):
+        if not is_whole and (norm_weight is not None or x1 is not None):
+            block_mean, block_square = fresh(B, tiles.blocks), fresh(B, tiles.blocks)
+            _measure_blocks[(tiles.count,)](
+                x, x1, block_mean, block_square, B, C, P, N, tiles.blocks, BP=min(padded(P), MOST_WHOLE), **geometry
+            )
+            if norm_weight is not None:
+                _merge_blocks[(B,)](
+                    block_mean, block_square, image_mean, image_rstd, P, N, tiles.blocks, eps, PITCH=tiles.pitch
+                )
+        _partial_moments[(parts, chunks, chunks)](
+            x,
+            x1,
+            norm_weight,
+            image_mean,
+            image_rstd,
+            part_count,
+            part_mean,
+            part_products,
+            ticket,
+            B,
+            C,
+            P,
+            N,
+            tiles.blocks,
+            tiles.count,
+            steps,
+            eps,
+            BP=CHANNELS,
+            WHOLE=padded(P) if is_whole else 0,
+            num_warps=8,
+            num_stages=1,
+            **geometry,
+        )
+        _merge_moments[(P,)](
+            x,
+            norm_bias,
+            part_count,
+            part_mean,
+            part_products,
+            z_mean,
+            z_cov,
+            weight,
+            shares,
+            ticket,
+            batch_mean,
+            batch_var,
+            parts,
+            float(B * N),
+            P,
+            O,
+            N,
+            HAS_NORM=norm_weight is not None,
+            LAST=geometry["LAST"],
+            PP=padded(P),
+            BO=16,
+            ROWS=16,
+        )
+    return tuple(results)
+
+
+def partial_moments_forward(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, pdim: int, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return moments(x, norm_weight, norm_bias, pdim, norm_eps)[:4]
+
+
+# Backward: dz = (dmean + (dcov + dcov^T) (z - mean)) / count, then through the group normalisation
+
+
+@triton.jit
+def _moments_backward(
+    dmean,
+    dcov,
+    x1,
+    dx,
+    z_mean,
+    image_mean,
+    image_rstd,
+    norm_weight,
+    norm_bias,
+    tile_sums,
+    dnorm_parts,
+    count,
+    B,
+    C,
+    P,
+    N,
+    blocks,
+    X1_LAST: tl.constexpr,
+    DX_LAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    PITCH: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
+    STAGE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    start = tl.program_id(1) * BP
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    c = start + tl.arange(0, BP)
+    dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
+    for inner in range(0, P, BK):
+        k = inner + tl.arange(0, BK)
+        mask = both(valid, k, P)
+        z = tl.load(x1 + first * P * N + element(image, k, n, P, N, X1_LAST), mask, 0.0).to(tl.float32)
+        if norm_weight is not None:
+            mean = tl.load(image_mean + first + image, valid, 0.0)
+            rstd = tl.load(image_rstd + first + image, valid, 0.0)
+            z = (z - mean[:, None]) * rstd[:, None] * tl.load(norm_weight + k, k < P, 0.0).to(tl.float32)[None, :]
+            if norm_bias is not None:
+                z += tl.load(norm_bias + k, k < P, 0.0).to(tl.float32)[None, :]
+        z = tl.where(mask, z - tl.load(z_mean + k, k < P, 0.0)[None, :], 0.0)
+        pairs = both(k < P, c, P)
+        symmetric = tl.load(dcov + k[:, None] * P + c[None, :], pairs, 0.0)
+        symmetric += tl.load(dcov + c[None, :] * P + k[:, None], pairs, 0.0)
+        dz = dot(z, symmetric, "ieee", dz)
+    dz = (dz + tl.load(dmean + c, c < P, 0.0)[None, :]) / count
+    finish_input_gradient(
+        dz,
+        x1,
+        dx,
+        image_mean,
+        image_rstd,
+        norm_weight,
+        tile_sums,
+        dnorm_parts,
+        tile,
+        first,
+        image,
+        n,
+        valid,
+        start,
+        C,
+        P,
+        N,
+        blocks,
+        X1_LAST,
+        DX_LAST,
+        IMAGES,
+        PITCH,
+        BP,
+        STAGE,
+    )
+
+
+def partial_moments_backward(
+    dmean: Tensor,
+    dcov: Tensor,
+    x1: Tensor,
+    mean: Tensor,
+    image_mean: Tensor,
+    image_rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    channels: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, P, H, W = x1.shape
+    N = H * W
+    dx = None
+    if needs[0]:
+        dx = x1.new_zeros((B, channels, H, W)).contiguous(memory_format=ops.memory_format(x1))
+    dnorm_weight, dnorm_bias = (
+        torch.empty_like(t) if need and t is not None else None
+        for need, t in zip(needs[1:], (norm_weight, norm_bias), strict=True)
+    )
+    dnorm = dnorm_weight is not None or dnorm_bias is not None
+    tiles = Tiles.of(B, N, TOKENS)
+    plan = InputGradient.of(x1, tiles, norm_weight, needs[0], dnorm)
+    with on_device_of(x1):
+        if B > 0 and (needs[0] or dnorm):
+            for stage in plan.stages:
+                _moments_backward[(tiles.count, plan.chunks)](
+                    dmean,
+                    dcov,
+                    x1,
+                    dx,
+                    mean,
+                    image_mean,
+                    image_rstd,
+                    norm_weight,
+                    norm_bias,
+                    plan.tile_sums,
+                    plan.dnorm_parts,
+                    float(B * N),
+                    B,
+                    channels,
+                    P,
+                    N,
+                    tiles.blocks,
+                    X1_LAST=channels_last(x1),
+                    DX_LAST=dx is not None and channels_last(dx),
+                    IMAGES=tiles.images,
+                    PITCH=tiles.pitch,
+                    BK=CHANNELS,
+                    BP=plan.channels,
+                    STAGE=stage,
+                    num_warps=8 if plan.channels > MOST_CHUNK else 4,
+                    num_stages=1,
+                )
+        reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias)
+    return tuple(t if t is not None else x1.new_empty(0) for t in (dx, dnorm_weight, dnorm_bias))
+
+
+OPERATORS = {
+    "partial_moments_forward": partial_moments_forward,
+    "partial_moments_backward": partial_moments_backward,
+}
