@@ -24,6 +24,13 @@ struct WherePositive {
   }
 };
 
+struct Relu {
+  template <class T>
+  __device__ T operator()(T x, T) const {
+    return from_float<T>(ptx::max_nan(to_float(x), 0.0f));
+  }
+};
+
 struct First {
   template <class T>
   __device__ T operator()(T first, T) const {
