@@ -10,7 +10,7 @@ namespace shvit::cuda {
 constexpr int kRestBytes = 16 << 10;
 
 // Blocks per image that map_rest needs.
-inline int64_t rest_blocks(const Sizes& s, bool channels_last, size_t value_bytes) {
+__host__ __device__ inline int64_t rest_blocks(const Sizes& s, bool channels_last, size_t value_bytes) {
   if (s.C == s.P) return 0;
   const int64_t bytes = static_cast<int64_t>(channels_last ? s.C : s.C - s.P) * s.N * value_bytes;
   return (bytes + kRestBytes - 1) / kRestBytes;
