@@ -9,6 +9,7 @@
 #pragma once
 
 #include "norm.cuh"
+#include "projection.cuh"
 
 namespace shvit::cuda {
 
@@ -38,42 +39,27 @@ struct ShortLayout {
         qkv_values(padded(s.N) * ld_qkv),
         weight_values(O * ld_weight) {}
 
-  // Floats behind the matrices: factor [O], offset [O], norm weight [P], norm bias [P], two per warp.
-  __host__ __device__ int floats() const { return 2 * O + 2 * P + 2 * warps; }
+  // Values in front of the vectors and two floats per warp.
+  __host__ __device__ int matrix_values() const { return weight_values + images * (z_values + qkv_values); }
 
   template <class T>
-  __host__ __device__ size_t bytes() const {
-    return (weight_values + static_cast<size_t>(images) * (z_values + qkv_values)) * sizeof(T) +
-           floats() * sizeof(float);
+  __host__ __device__ size_t bytes(const Sizes& s) const {
+    return matrix_values() * sizeof(T) + (Vectors::floats(s) + 2 * warps) * sizeof(float);
   }
 };
 
 template <class T>
-struct ShortMemory {
+struct ShortMemory : Vectors {
   T *weight, *z, *qkv;  // z and qkv of this thread's image; z later holds a v
-  float *factor, *offset, *norm_weight, *norm_bias, *scratch;
+  float* scratch;
 
-  __device__ ShortMemory(const ShortLayout& layout, T* base, int image) {
-    weight = base;
-    z = weight + layout.weight_values + image * layout.z_values;
-    qkv = weight + layout.weight_values + layout.images * layout.z_values + image * layout.qkv_values;
-    factor = reinterpret_cast<float*>(weight + layout.weight_values +
-                                      layout.images * (layout.z_values + layout.qkv_values));
-    offset = factor + layout.O;
-    norm_weight = offset + layout.O;
-    norm_bias = norm_weight + layout.P;
-    scratch = norm_bias + layout.P;
-  }
+  __device__ ShortMemory(const Sizes& s, const ShortLayout& layout, T* base, int image)
+      : Vectors(s, reinterpret_cast<float*>(base + layout.matrix_values())),
+        weight(base),
+        z(weight + layout.weight_values + image * layout.z_values),
+        qkv(weight + layout.weight_values + layout.images * layout.z_values + image * layout.qkv_values),
+        scratch(norm_bias + layout.P) {}
 };
-
-// The projection's output that column o of the padded layout holds, or -1 in the padding.
-__device__ __forceinline__ int projected_channel(const Sizes& s, const ShortLayout& layout, int o) {
-  if (o < layout.D) return o < s.D ? o : -1;
-  o -= layout.D;
-  if (o < layout.D) return o < s.D ? s.D + o : -1;
-  o -= layout.D;
-  return o < s.P ? 2 * s.D + o : -1;
-}
 
 template <class T>
 __device__ void load_projection(const ShsaForwardParams& p, const ShortLayout& layout,
@@ -85,40 +71,6 @@ __device__ void load_projection(const ShsaForwardParams& p, const ShortLayout& l
   load_matrix(block, m.weight, ld, weight, s.P, s.D, s.P);
   load_matrix(block, m.weight + layout.D * ld, ld, weight + s.D * s.P, s.P, s.D, s.P);
   load_matrix(block, m.weight + 2 * layout.D * ld, ld, weight + 2 * s.D * s.P, s.P, s.P, s.P);
-}
-
-// A value of a parameter [O] or [P]; `otherwise` where the parameter is absent.
-template <class T>
-__device__ __forceinline__ float parameter(const void* values, int i, float otherwise) {
-  return values ? to_float(static_cast<const T*>(values)[i]) : otherwise;
-}
-
-template <class T>
-__device__ void load_vectors(const ShsaForwardParams& p, const ShortLayout& layout, const ShortMemory<T>& m) {
-  for (int o = threadIdx.x; o < layout.O; o += blockDim.x) {
-    const int channel = projected_channel(p.sizes, layout, o);
-    float factor = 1.0f, offset = 0.0f;
-    if (channel >= 0) {
-      offset = parameter<T>(p.qkv_bias, channel, 0.0f);
-      if (p.bn_mean) {
-        const bool wide = p.bn_statistics_float32;
-        const float mean =
-            wide ? parameter<float>(p.bn_mean, channel, 0.0f) : parameter<T>(p.bn_mean, channel, 0.0f);
-        const float variance =
-            wide ? parameter<float>(p.bn_var, channel, 0.0f) : parameter<T>(p.bn_var, channel, 0.0f);
-        factor = parameter<T>(p.bn_weight, channel, 1.0f) * rsqrtf(variance + p.bn_eps);
-        offset = (offset - mean) * factor + parameter<T>(p.bn_bias, channel, 0.0f);
-      }
-    }
-    m.factor[o] = factor;
-    m.offset[o] = offset;
-  }
-  if (p.norm_weight) {
-    for (int c = threadIdx.x; c < p.sizes.P; c += blockDim.x) {
-      m.norm_weight[c] = parameter<T>(p.norm_weight, c, 1.0f);
-      m.norm_bias[c] = parameter<T>(p.norm_bias, c, 0.0f);
-    }
-  }
 }
 
 // x1 to z, in place. `saves`: this thread's image is one of the batch, not a stand-in behind its end.
@@ -162,8 +114,8 @@ __device__ void project_image(const Sizes& s, const Group& group, const ShortLay
         [&](int i, int j, float first, float second) {
           const int token = row + i, o = column + j;
           const bool inside = token < s.N;
-          first = inside && projected_channel(s, layout, o) >= 0 ? first * m.factor[o] + m.offset[o] : 0.0f;
-          second = inside && projected_channel(s, layout, o + 1) >= 0
+          first = inside && projected_channel(s, o) >= 0 ? first * m.factor[o] + m.offset[o] : 0.0f;
+          second = inside && projected_channel(s, o + 1) >= 0
                        ? second * m.factor[o + 1] + m.offset[o + 1]
                        : 0.0f;
           store_pair(m.qkv + token * layout.ld_qkv + o, first, second);
@@ -297,7 +249,7 @@ __device__ void attend(const ShsaForwardParams& p, const Group& group, const Sho
     load_matrix(group, m.z, layout.ld_z, x, s.N, s.P, s.N);
   }
   ptx::cp_async_commit();
-  load_vectors(p, layout, m);
+  load_vectors<T>(p, m);
   ptx::cp_async_wait<0>();
   __syncthreads();
   normalise_image<ChannelsLast>(p, group, layout, m, image, saves);

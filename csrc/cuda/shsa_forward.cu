@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) shsa_forward_kernel(ShsaForwardParams p, 
   }
   const ShortLayout layout(s, ChannelsLast, grid.images, grid.warps);
   const Group group = group_of_warps(grid.warps / grid.images);
-  const ShortMemory<T> memory(layout, ptx::shared_memory<T>(), group.index);
+  const ShortMemory<T> memory(s, layout, ptx::shared_memory<T>(), group.index);
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * grid.images + group.index;
   const bool present = wanted < s.B;
   const int64_t image = present ? wanted : s.B - 1;  // behind the end: all threads take part in the barriers
@@ -65,7 +65,7 @@ const char* start(const ShsaForwardParams& p, void* stream) {
   grid.attending = (s.B + grid.images - 1) / grid.images;
   const int64_t blocks = grid.attending + s.B * rest_blocks(s, ChannelsLast, sizeof(T));
   if (blocks > INT32_MAX) return "more images than a grid has blocks";
-  const size_t bytes = ShortLayout(s, ChannelsLast, grid.images, grid.warps).bytes<T>();
+  const size_t bytes = ShortLayout(s, ChannelsLast, grid.images, grid.warps).bytes<T>(s);
   return launch(shsa_forward_kernel<A, ChannelsLast>, dim3(static_cast<unsigned>(blocks)), grid.warps * kWarp,
                 bytes, stream, p, grid);
 }
@@ -77,7 +77,7 @@ bool shsa_forward_fits(const Sizes& s, Type type) {
   size_t bytes = 0;
   for (const bool channels_last : {false, true}) {
     const ShortLayout layout(s, channels_last, images_per_block(s), warps_per_block(s));
-    bytes = std::max(bytes, type == Type::kFloat32 ? layout.bytes<float>() : layout.bytes<__half>());
+    bytes = std::max(bytes, type == Type::kFloat32 ? layout.bytes<float>(s) : layout.bytes<__half>(s));
   }
   return bytes <= static_cast<size_t>(shared_memory_limit());
 }
