@@ -29,6 +29,8 @@ CALLS = 128
 LONGEST_GRAPH = 0.02
 ROUNDS = 30
 WALL_ROUNDS = 7
+MOST_WALL_CALLS, WALL_SAMPLE = 50, 0.005
+"""Calls in a sample of wall clock: as many, or as last so many seconds."""
 LONGEST_MEASUREMENT = 4.0
 """Seconds for all rounds of a case; slow cases get fewer rounds, at least FEWEST_ROUNDS."""
 FEWEST_ROUNDS = 5
@@ -112,11 +114,9 @@ class _Prepared:
             _synchronize(device)
             # Of the first input: y, or the gradient of x.
             self.result = (result if isinstance(result, Tensor) else result[0]).detach().double()
-            start = time.perf_counter()
-            step(*inputs[0])
-            _synchronize(device)
-            seconds = time.perf_counter() - start
-            self.wall = self._in_context(_wall_sampler(step, inputs, device, seconds))
+            seconds = min(_wall_sampler(step, inputs, device, 1)() for _ in range(3))
+            calls = max(1, min(MOST_WALL_CALLS, int(WALL_SAMPLE / seconds)))
+            self.wall = self._in_context(_wall_sampler(step, inputs, device, calls))
             self.graph = self.wall
             if device == "cuda":
                 self.graph = _graph_sampler(step, inputs, seconds, empty_cache)
