@@ -1,3 +1,4 @@
+#include <dlfcn.h>
 #include <runtime.h>
 #include <sys/mman.h>
 
@@ -14,8 +15,15 @@
 #include <vector>
 
 #include "fiber.h"
+#include "races.h"
+#include "threads.h"
 
-#define CUDA_HOST_EXPORT __attribute__((visibility("default")))
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
 
 // What a thread of the grid reads; to the kernels these are constants.
 uint3 threadIdx, blockIdx;
@@ -27,9 +35,11 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10;
+// Shared memory lies in the middle of a region that holds nothing else, so that overruns are recognised.
+constexpr size_t kWindowBytes = 1 << 20, kSharedOffset = 384 << 10;
 constexpr int kPoison = 0xff;  // NaN in every floating-point type
 
-enum class State { kReady, kAtBarrier, kAtWarp, kEnded };
+enum class Wait { kNone, kBarrier, kWarp, kEnd };
 
 struct Copy {
   unsigned char* shared;
@@ -39,9 +49,10 @@ struct Copy {
 
 struct Thread {
   Fiber fiber;
-  State state;
   uint3 index;
-  // At a warp's operation:
+  Wait wait;
+  const void* caller;  // the kernel's code that waits
+  // At an operation of the warp:
   const char* operation;
   unsigned mask;
   void* operands;
@@ -51,42 +62,67 @@ struct Thread {
 };
 
 enum class Order { kForward, kReverse, kOddFirst, kInterleaved, kRandom };
+constexpr const char* kOrders[] = {"forward", "reverse", "odd_first", "interleaved", "random"};
+
+// The numbers from 0 on, in the order that the test asked for.
+class Sequence {
+ public:
+  void start(int count, Order order, std::mt19937& random) {
+    numbers_.resize(count);
+    std::iota(numbers_.begin(), numbers_.end(), 0);
+    if (order == Order::kReverse) std::reverse(numbers_.begin(), numbers_.end());
+    if (order == Order::kOddFirst)
+      std::stable_partition(numbers_.begin(), numbers_.end(), [](int i) { return i % 2 == 1; });
+    random_ = order == Order::kRandom ? &random : nullptr;
+  }
+  const std::vector<int>& next() {
+    if (random_ != nullptr) std::shuffle(numbers_.begin(), numbers_.end(), *random_);
+    return numbers_;
+  }
+
+ private:
+  std::vector<int> numbers_;
+  std::mt19937* random_;
+};
 
 struct Machine {
   std::mutex running;
   size_t shared_limit = 227 << 10;
   Order order = Order::kForward;
   unsigned seed = 0;
+  unsigned char *stacks = nullptr, *window = nullptr;
 
   // The launch under way
-  std::vector<Thread> threads = std::vector<Thread>(kMaxThreads);
-  unsigned char* stacks = nullptr;
-  Fiber scheduler;
-  Thread* current = nullptr;
-  int count = 0;
-  unsigned char* shared = nullptr;
-  size_t shared_bytes = 0;
   void (*body)(const void*);
   const void* argument;
-  std::string error;
+  int count, warps;
+  unsigned char* shared;
+  size_t shared_bytes;
+  std::vector<Thread> threads = std::vector<Thread>(kMaxThreads);
+  unsigned arrived[kMaxThreads / kWarp];  // lanes of each warp that wait for others of it
+  Fiber scheduler;
+  Thread* current = nullptr;
   std::mt19937 random;
-};
+  Sequence blocks, warp_order, lane_order;
+  std::string error;
+} m;
 
-Machine m;
+int number(const Thread& thread) { return static_cast<int>(&thread - m.threads.data()); }
 
-int index_of(const Thread& thread) { return static_cast<int>(&thread - m.threads.data()); }
+// ---------------------------------------------------------------------------------------------------------------
+// Threads
 
-void leave(State state) {
-  m.current->state = state;
+void leave(Wait wait) {
+  m.current->wait = wait;
   m.current->fiber.switch_to(m.scheduler);
 }
 
 [[noreturn]] void run_thread() {
   m.body(m.argument);
-  for (;;) leave(State::kEnded);
+  for (;;) leave(Wait::kEnd);
 }
 
-// Runs one thread until it has to wait for others.
+// Runs one thread until it has to wait.
 void enter(Thread& thread) {
   m.current = &thread;
   threadIdx = thread.index;
@@ -94,134 +130,179 @@ void enter(Thread& thread) {
   m.current = nullptr;
 }
 
-std::vector<int> ordered(int count) {
-  std::vector<int> indices(count);
-  std::iota(indices.begin(), indices.end(), 0);
-  if (m.order == Order::kReverse) std::reverse(indices.begin(), indices.end());
-  if (m.order == Order::kOddFirst)
-    std::stable_partition(indices.begin(), indices.end(), [](int i) { return i % 2 == 1; });
-  if (m.order == Order::kRandom) std::shuffle(indices.begin(), indices.end(), m.random);
-  return indices;
-}
-
-int warps() { return (m.count + kWarp - 1) / kWarp; }
-int lanes_of(int warp) { return std::min(kWarp, m.count - warp * kWarp); }
-
 // Runs the threads of a warp once each, where they can; whether one could.
-bool pass(int warp) {
+bool run_warp_once(int warp) {
   bool any = false;
-  for (int l : ordered(lanes_of(warp))) {
-    Thread& thread = m.threads[warp * kWarp + l];
-    if (thread.state != State::kReady) continue;
+  for (const int l : m.lane_order.next()) {
+    const int i = warp * kWarp + l;
+    if (i >= m.count || m.threads[i].wait != Wait::kNone) continue;
     any = true;
-    enter(thread);
+    enter(m.threads[i]);
     if (!m.error.empty()) return false;
   }
   return any;
 }
 
-std::string list(const char* what, State state) {
-  std::string threads;
-  int count = 0;
-  for (int i = 0; i < m.count; ++i) {
-    if (m.threads[i].state != state) continue;
-    if (++count > 8) continue;
-    threads += (count > 1 ? ", " : "") + std::to_string(i);
-    if (state == State::kAtWarp) threads += std::string(" at ") + m.threads[i].operation;
+// Runs every warp: to the barrier at once, or as far as the first operation of the warp; whether one could.
+bool run_warps() {
+  bool any = false;
+  for (const int warp : m.warp_order.next()) {
+    const bool once = m.order == Order::kInterleaved || (m.order == Order::kRandom && m.random() % 2 == 0);
+    while (run_warp_once(warp)) {
+      any = true;
+      if (once) break;
+    }
+    if (!m.error.empty()) break;
+  }
+  return any;
+}
+
+// "; 34 threads at __syncthreads (file:line), the first is 1"
+std::string waiting(Wait wait) {
+  int count = 0, first = 0;
+  for (int i = m.count - 1; i >= 0; --i) {
+    if (m.threads[i].wait != wait) continue;
+    ++count;
+    first = i;
   }
   if (count == 0) return "";
-  return std::string("; ") + what + ": " + threads +
-         (count > 8 ? " and " + std::to_string(count - 8) + " more" : "");
+  std::string text = "; " + std::to_string(count) + (count == 1 ? " thread " : " threads ");
+  if (wait == Wait::kEnd) {
+    text += "ended";
+  } else {
+    const Thread& thread = m.threads[first];
+    text += std::string("at ") + (wait == Wait::kBarrier ? "__syncthreads" : thread.operation);
+    text += source_line(thread.caller);
+  }
+  return text + ", the first is " + std::to_string(first);
 }
 
 void run_block() {
+  const auto begin = m.threads.begin(), end = begin + m.count;
+  const auto all = [&](Wait wait) {
+    return std::all_of(begin, end, [&](const Thread& thread) { return thread.wait == wait; });
+  };
   for (;;) {
-    bool any = false;
-    for (int warp : ordered(warps())) {
-      const bool to_the_barrier =
-          m.order != Order::kInterleaved && (m.order != Order::kRandom || m.random() % 2);
-      while (pass(warp)) {
-        any = true;
-        if (!to_the_barrier) break;
-      }
-      if (!m.error.empty()) return;
+    while (run_warps()) {
     }
-    if (any) continue;
-    const auto in = [](State state) { return [state](const Thread& thread) { return thread.state == state; }; };
-    const auto begin = m.threads.begin(), end = begin + m.count;
-    if (std::all_of(begin, end, in(State::kEnded))) return;
-    if (!std::all_of(begin, end, in(State::kAtBarrier))) {
-      m.error = "deadlock" + list("at the block's barrier are threads", State::kAtBarrier) +
-                list("at an operation of their warp are threads", State::kAtWarp) +
-                list("ended are threads", State::kEnded);
+    if (!m.error.empty() || all(Wait::kEnd)) return;
+    if (!all(Wait::kBarrier)) {
+      m.error = "deadlock" + waiting(Wait::kBarrier) + waiting(Wait::kWarp) + waiting(Wait::kEnd);
       return;
     }
-    for (int i = 0; i < m.count; ++i) m.threads[i].state = State::kReady;
+    if (races::enabled) races::barrier();
+    for (auto thread = begin; thread != end; ++thread) thread->wait = Wait::kNone;
   }
 }
 
-unsigned char* stack_bottom(int i) { return m.stacks + i * kStackBytes; }
-
-void start_block(dim3 block) {
+void start_block(unsigned index) {
+  blockIdx = {index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y};
   std::memset(m.shared, kPoison, m.shared_bytes);
+  if (races::enabled) races::start_block({m.shared, m.shared + m.shared_bytes});
+  std::fill_n(m.arrived, m.warps, 0);
   for (int i = 0; i < m.count; ++i) {
     Thread& thread = m.threads[i];
-    thread.state = State::kReady;
-    thread.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    const unsigned t = i;
+    thread.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    thread.wait = Wait::kNone;
     thread.copies.clear();
     thread.groups = 0;
-    // Tops at different lines of the caches, or all stacks would share a few.
-    const int colour = i % 64 * 192 + kWarp;
-    thread.fiber.start(stack_bottom(i), stack_bottom(i + 1) - colour, run_thread);
+    unsigned char* const stack = m.stacks + i * kStackBytes;
+    // Not all tops at the same place of a page: they would share a few lines of the caches.
+    thread.fiber.start(stack, stack + kStackBytes - i % 64 * 192, run_thread);
   }
 }
 
-std::string where() {
-  const auto triple = [](auto v) {
-    return std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z);
-  };
-  return "block (" + triple(blockIdx) + ")";
+bool reserve_memory() {
+  if (m.stacks != nullptr) return true;
+  void* const memory = mmap(nullptr, kMaxThreads * kStackBytes + kWindowBytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return false;
+  m.stacks = static_cast<unsigned char*>(memory);
+  m.window = m.stacks + kMaxThreads * kStackBytes;
+  m.shared = m.window + kSharedOffset;
+  return true;
+}
+
+// The stacks of abandoned threads and the last launch's shared memory may be poisoned.
+void start_launch() {
+  ASAN_UNPOISON_MEMORY_REGION(m.stacks, kMaxThreads * kStackBytes + kWindowBytes);
+  ASAN_POISON_MEMORY_REGION(m.window, kSharedOffset);
+  ASAN_POISON_MEMORY_REGION(m.shared + m.shared_bytes, kWindowBytes - kSharedOffset - m.shared_bytes);
+  if (races::enabled) races::start_launch({m.stacks, m.window}, {m.window, m.window + kWindowBytes}, m.count);
+  m.error.clear();
+  m.random.seed(m.seed);
+  m.warp_order.start(m.warps, m.order, m.random);
+  m.lane_order.start(kWarp, m.order, m.random);
+}
+
+std::string run_command(const std::string& command) {
+  std::string output;
+  FILE* const pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return output;
+  char line[512];
+  while (std::fgets(line, sizeof(line), pipe) != nullptr) output += line;
+  pclose(pipe);
+  return output;
 }
 
 }  // namespace
 
+int current_thread() { return m.current == nullptr ? -1 : number(*m.current); }
+
+std::string source_line(const void* caller) {
+  Dl_info library;
+  if (dladdr(caller, &library) == 0) return "";
+  const size_t offset = static_cast<const char*>(caller) - static_cast<const char*>(library.dli_fbase);
+  char command[512];
+  // The call stands before the address that it returns to.
+  std::snprintf(command, sizeof(command), "addr2line -i -e '%s' %#zx 2>/dev/null", library.dli_fname,
+                offset - 1);
+  // Innermost first; what the harness inlined says nothing.
+  std::string lines = run_command(command);
+  while (!lines.empty()) {
+    const std::string line = lines.substr(0, lines.find('\n'));
+    lines.erase(0, line.size() + 1);
+    const bool harness =
+        line.find("cuda_host/device/") != line.npos || line.find("cuda_host/include/") != line.npos;
+    if (!harness) return " (" + line.substr(line.rfind('/') + 1) + ")";
+  }
+  return "";
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The host's side
+
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* argument) {
-  static std::string result;
   const std::lock_guard<std::mutex> lock(m.running);
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
-      grid.z > 65535)
-    return "invalid configuration argument";
-  if (shared_bytes > m.shared_limit) return "too much shared memory requested for launch";
-  if (m.stacks == nullptr) {
-    void* memory = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return "out of memory";
-    m.stacks = static_cast<unsigned char*>(memory);
-  }
+      grid.z > 65535 || shared_bytes > m.shared_limit)
+    return "invalid argument";
+  if (!reserve_memory()) return "out of memory";
   m.count = static_cast<int>(threads);
+  m.warps = (m.count + kWarp - 1) / kWarp;
   m.body = body;
   m.argument = argument;
-  m.error.clear();
-  m.random.seed(m.seed);
+  m.shared_bytes = shared_bytes;
   blockDim = block;
   gridDim = grid;
-  m.shared_bytes = shared_bytes;
-  m.shared = static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128));
-  for (int b : ordered(static_cast<int>(blocks))) {
-    const unsigned index = b;
-    blockIdx = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
-    start_block(block);
+  start_launch();
+  m.blocks.start(static_cast<int>(blocks), m.order, m.random);
+  for (const int b : m.blocks.next()) {
+    start_block(b);
     run_block();
-    if (!m.error.empty()) break;
+    if (m.error.empty()) continue;
+    m.error += " [block " + std::to_string(b) + "]";
+    return m.error.c_str();
   }
-  std::free(m.shared);
-  if (m.error.empty()) return nullptr;
-  result = where() + ": " + m.error;
-  return result.c_str();
+  return nullptr;
 }
 
 size_t shared_memory_limit() { return m.shared_limit; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// A thread's side
 
 void fail(const char* format, ...) {
   char message[512];
@@ -233,62 +314,97 @@ void fail(const char* format, ...) {
     std::fprintf(stderr, "%s\n", message);
     std::abort();
   }
-  m.error = "thread " + std::to_string(index_of(*m.current)) + ": " + message;
-  for (;;) leave(State::kEnded);
+  m.error = message;
+  for (;;) leave(Wait::kEnd);
 }
 
 unsigned char* shared_memory() { return m.shared; }
 
-int lane() { return index_of(*m.current) % kWarp; }
+int lane() { return number(*m.current) % kWarp; }
 
-static void check_shared(const char* what, int lane, const void* address, int bytes) {
+void sync_threads() {
+  m.current->caller = __builtin_return_address(0);
+  leave(Wait::kBarrier);
+}
+
+void sync_warp(unsigned mask) {
+  together(
+      "__syncwarp", mask, nullptr,
+      [](Lanes& lanes) {
+        if (races::enabled) races::warp_barrier(number(*m.current) / kWarp * kWarp, lanes);
+      },
+      __builtin_return_address(0));
+}
+
+void together(const char* operation, unsigned mask, void* operands, void (*compute)(Lanes& lanes)) {
+  together(operation, mask, operands, compute, __builtin_return_address(0));
+}
+
+void together(const char* operation, unsigned mask, void* operands, void (*compute)(Lanes& lanes),
+              const void* caller) {
+  Thread& me = *m.current;
+  const int l = lane(), warp = number(me) / kWarp;
+  Thread* const threads = &m.threads[warp * kWarp];
+  unsigned& arrived = m.arrived[warp];
+  if ((mask >> l & 1) == 0) fail("%s: lane %d is not in its own mask %08x", operation, l, mask);
+  me.caller = caller;
+  me.operation = operation;
+  me.mask = mask;
+  me.operands = operands != nullptr ? operands : &me;  // not null, which lanes outside the mask are
+  arrived |= 1u << l;
+  if ((arrived & mask) != mask) return leave(Wait::kWarp);
+  void* lanes[kWarp] = {};
+  for (int i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    const Thread& other = threads[i];
+    if (other.mask != mask || std::strcmp(other.operation, operation) != 0)
+      fail("lane %d is at %s of lanes %08x%s, lane %d at %s of lanes %08x%s", l, operation, mask,
+           source_line(me.caller).c_str(), i, other.operation, other.mask, source_line(other.caller).c_str());
+    lanes[i] = other.operands;
+  }
+  compute(lanes);
+  arrived &= ~mask;
+  for (int i = 0; i < kWarp; ++i)
+    if (mask >> i & 1) threads[i].wait = Wait::kNone;
+}
+
+static void check_shared(const char* operation, const Thread& thread, const void* address, size_t bytes) {
   const auto* p = static_cast<const unsigned char*>(address);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
-    fail("%s: the shared address of lane %d is not aligned to %d bytes", what, lane, bytes);
+    fail("%s: thread %d: the shared address is not aligned to %zu bytes%s", operation, number(thread), bytes,
+         source_line(thread.caller).c_str());
   if (p < m.shared || p + bytes > m.shared + m.shared_bytes)
-    fail("%s: the address of lane %d is at byte %td of %zu bytes of shared memory", what, lane, p - m.shared,
-         m.shared_bytes);
+    fail("%s: thread %d: byte %td of %zu bytes of shared memory%s", operation, number(thread), p - m.shared,
+         m.shared_bytes, source_line(thread.caller).c_str());
 }
 
 void read_matrix_row(int lane, const void* row, uint16_t (&values)[8]) {
-  check_shared("ldmatrix", lane, row, sizeof(values));
+  const int warp = number(*m.current) / kWarp * kWarp;
+  const Thread& thread = m.threads[warp + lane];
+  check_shared("ldmatrix", thread, row, sizeof(values));
+  if (races::enabled) {
+    // The row goes to four lanes.
+    for (int i = 0; i < 4; ++i)
+      races::access(warp + lane % 8 * 4 + i, row, sizeof(values), races::Access::kRead, thread.caller);
+  }
   std::memcpy(values, row, sizeof(values));
 }
 
-void sync_threads() { leave(State::kAtBarrier); }
-
-void together(const char* operation, unsigned mask, void* operands, void (*compute)(Lanes& lanes)) {
-  Thread& me = *m.current;
-  const int l = lane();
-  Thread* warp = &me - l;
-  if ((mask >> l & 1) == 0) fail("%s: lane %d is not in its own mask %08x", operation, l, mask);
-  me.operation = operation;
-  me.mask = mask;
-  // Anything else than null marks a lane of the mask.
-  me.operands = operands != nullptr ? operands : &me;
-  me.state = State::kAtWarp;
-  void* lanes[kWarp] = {};
-  const int count = lanes_of(index_of(*warp) / kWarp);
-  for (int i = 0; i < kWarp; ++i) {
-    if ((mask >> i & 1) == 0) continue;
-    if (i >= count || warp[i].state != State::kAtWarp) return leave(State::kAtWarp);
-    if (warp[i].mask != mask || std::strcmp(warp[i].operation, operation) != 0)
-      fail("%s of lanes %08x meets %s of lanes %08x in lane %d", operation, mask, warp[i].operation,
-           warp[i].mask, i);
-    lanes[i] = warp[i].operands;
-  }
-  compute(lanes);
-  for (int i = 0; i < kWarp; ++i)
-    if (mask >> i & 1) warp[i].state = State::kReady;
-}
-
 void copy_async(void* shared, const void* global, int bytes, int valid) {
-  check_shared("cp.async", lane(), shared, bytes);
-  if (reinterpret_cast<uintptr_t>(global) % bytes != 0)
-    fail("cp.async: the global address is not aligned to %d bytes", bytes);
-  if (valid < 0 || valid > bytes) fail("cp.async: %d valid bytes of %d", valid, bytes);
-  std::memset(shared, kPoison, bytes);
   Thread& me = *m.current;
+  me.caller = __builtin_return_address(0);
+  check_shared("cp.async", me, shared, bytes);
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0)
+    fail("cp.async: thread %d: the global address is not aligned to %d bytes%s", number(me), bytes,
+         source_line(me.caller).c_str());
+  if (valid < 0 || valid > bytes)
+    fail("cp.async: thread %d: %d valid bytes of %d%s", number(me), valid, bytes,
+         source_line(me.caller).c_str());
+  if (races::enabled) {
+    races::access(number(me), global, valid, races::Access::kRead, me.caller);
+    races::start_copy(number(me), shared, bytes, me.caller);
+  }
+  std::memset(shared, kPoison, bytes);
   me.copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
                        valid, me.groups});
 }
@@ -301,14 +417,9 @@ void copy_async_wait(int pending) {
   for (; copy != me.copies.end() && copy->group < me.groups - pending; ++copy) {
     if (copy->valid > 0) std::memcpy(copy->shared, copy->global, copy->valid);
     std::memset(copy->shared + copy->valid, 0, copy->bytes - copy->valid);
+    if (races::enabled) races::finish_copy(number(me), copy->shared, copy->bytes);
   }
   me.copies.erase(me.copies.begin(), copy);
-}
-
-void multiply(float* d, const float* a, const float* b, int K) {
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < K; ++k)
-      for (int j = 0; j < 8; ++j) d[i * 8 + j] += a[i * K + k] * b[k * 8 + j];
 }
 
 }  // namespace cuda_host
@@ -318,20 +429,20 @@ void multiply(float* d, const float* a, const float* b, int K) {
 
 extern "C" {
 
-// forward, reverse, odd_first, interleaved, or random with a seed, as in "random:1"; whether there is such an
-// order.
-CUDA_HOST_EXPORT bool cuda_host_set_order(const char* name) {
+#define CUDA_HOST_EXPORT __attribute__((visibility("default")))
+
+// Takes a name of kOrders; random has a seed, as in "random:1". Whether there is such an order.
+CUDA_HOST_EXPORT bool cuda_host_set_order(const char* order) {
   using namespace cuda_host;
-  const char* const names[] = {"forward", "reverse", "odd_first", "interleaved", "random"};
-  for (int i = 0; i < 5; ++i) {
-    const size_t length = std::strlen(names[i]);
-    if (std::strncmp(name, names[i], length) != 0 || (name[length] != 0 && name[length] != ':')) continue;
-    m.order = static_cast<Order>(i);
-    m.seed = name[length] == ':' ? std::atoi(name + length + 1) : 0;
-    return true;
-  }
-  return false;
+  const std::string name(order, std::strcspn(order, ":"));
+  const auto found = std::find(std::begin(kOrders), std::end(kOrders), name);
+  if (found == std::end(kOrders)) return false;
+  m.order = static_cast<Order>(found - std::begin(kOrders));
+  m.seed = name.size() < std::strlen(order) ? std::atoi(order + name.size() + 1) : 0;
+  return true;
 }
+
+CUDA_HOST_EXPORT void cuda_host_find_races(bool enabled) { cuda_host::races::enabled = enabled; }
 
 // Returns the limit before.
 CUDA_HOST_EXPORT size_t cuda_host_set_shared_memory_limit(size_t bytes) {
@@ -346,10 +457,10 @@ struct SourceLocation {
 };
 
 void __ubsan_handle_type_mismatch_v1(const SourceLocation* where, uintptr_t address) {
-  cuda_host::fail("misaligned access of %#zx at %s:%u", size_t(address), where->file, where->line);
+  cuda_host::fail("misaligned access of %#zx (%s:%u)", size_t(address), where->file, where->line);
 }
 
 void __ubsan_handle_out_of_bounds(const SourceLocation* where, uintptr_t index) {
-  cuda_host::fail("index %zd is out of bounds at %s:%u", ssize_t(index), where->file, where->line);
+  cuda_host::fail("index %zd is out of bounds (%s:%u)", static_cast<ssize_t>(index), where->file, where->line);
 }
 }

@@ -29,23 +29,31 @@ unsigned char* shared_memory();
 
 int lane();
 
-// Copies an aligned row of 16 bytes of the block's shared memory, for the operation that `lane` takes part in.
-void read_matrix_row(int lane, const void* row, uint16_t (&values)[8]);
-
 void sync_threads();
+void sync_warp(unsigned mask);
 
 // Executes one operation of several lanes of this warp: every lane in `mask` calls this with the same name and
 // mask, the last one runs compute(operands of each lane, null outside the mask), and all return after it.
 using Lanes = void* const[kWarp];
 void together(const char* operation, unsigned mask, void* operands, void (*compute)(Lanes& lanes));
 
+// The same where the kernel's code, which messages name, is not the caller.
+void together(const char* operation, unsigned mask, void* operands, void (*compute)(Lanes& lanes),
+              const void* caller);
+
+// Copies an aligned row of 16 bytes of the block's shared memory, for the operation that `lane` takes part in.
+void read_matrix_row(int lane, const void* row, uint16_t (&values)[8]);
+
 // An asynchronous copy shows nothing but NaN bits in shared memory until it is waited for.
 void copy_async(void* shared, const void* global, int bytes, int valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-// d += a b in float32: sums start at d and add the exact products in the order of rising k.
-// a is [16][K], b is [K][8], d is [16][8].
-void multiply(float* d, const float* a, const float* b, int K);
+// d += a b, and rows of matrices for it, in the fragments of csrc/cuda/device/ptx.cuh.
+void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <int count, bool transposed>
+void load_matrices(uint32_t (&r)[count], const void* row);
 
 }  // namespace cuda_host

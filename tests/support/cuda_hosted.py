@@ -22,7 +22,7 @@ FAMILY = "hosted"
 """The operators' family, and the name of the backend inside ``backend()``."""
 ORDERS = ("forward", "reverse", "odd_first", "interleaved", "random:1", "random:2")
 """Orders in which the blocks of a grid and, between barriers, the threads of a block run."""
-_CHECKS = "-fsanitize=alignment,bounds"
+_CHECKS = "-fsanitize=alignment,bounds,thread"
 
 
 def why_unavailable() -> str | None:

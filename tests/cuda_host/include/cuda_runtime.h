@@ -26,11 +26,9 @@ constexpr int warpSize = cuda_host::kWarp;
 // ---------------------------------------------------------------------------------------------------------------
 // Barriers, shuffles, votes
 
-inline void __syncthreads() { cuda_host::sync_threads(); }
+__forceinline__ void __syncthreads() { cuda_host::sync_threads(); }
 
-inline void __syncwarp(unsigned mask = 0xffffffff) {
-  cuda_host::together("__syncwarp", mask, nullptr, [](cuda_host::Lanes&) {});
-}
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffff) { cuda_host::sync_warp(mask); }
 
 namespace cuda_host {
 
@@ -41,7 +39,7 @@ struct Shuffle {
 };
 
 template <class T>
-T shuffle(const char* operation, unsigned mask, T value, int source) {
+__forceinline__ T shuffle(const char* operation, unsigned mask, T value, int source) {
   Shuffle<T> mine = {value, value, source};
   together(operation, mask, &mine, [](Lanes& lanes) {
     for (int l = 0; l < kWarp; ++l) {
@@ -60,7 +58,7 @@ struct Vote {
   unsigned ballot;
 };
 
-inline unsigned vote(const char* operation, unsigned mask, bool predicate) {
+__forceinline__ unsigned vote(const char* operation, unsigned mask, bool predicate) {
   Vote mine = {predicate, 0};
   together(operation, mask, &mine, [](Lanes& lanes) {
     unsigned ballot = 0;
@@ -75,39 +73,39 @@ inline unsigned vote(const char* operation, unsigned mask, bool predicate) {
 }  // namespace cuda_host
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
   const int segment = cuda_host::lane() & ~(width - 1);
   return cuda_host::shuffle("__shfl_sync", mask, value, segment + (source & (width - 1)));
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
   const int me = cuda_host::lane(), source = me ^ lanes;
   const bool beyond = source >= (me & ~(width - 1)) + width;
   return cuda_host::shuffle("__shfl_xor_sync", mask, value, beyond ? me : source);
 }
 
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   const int me = cuda_host::lane(), source = me + static_cast<int>(delta);
   const bool beyond = source >= (me & ~(width - 1)) + width;
   return cuda_host::shuffle("__shfl_down_sync", mask, value, beyond ? me : source);
 }
 
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
   const int me = cuda_host::lane(), source = me - static_cast<int>(delta);
   const bool beyond = source < (me & ~(width - 1));
   return cuda_host::shuffle("__shfl_up_sync", mask, value, beyond ? me : source);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
   return cuda_host::vote("__ballot_sync", mask, predicate != 0);
 }
-inline int __any_sync(unsigned mask, int predicate) {
+__forceinline__ int __any_sync(unsigned mask, int predicate) {
   return cuda_host::vote("__any_sync", mask, predicate != 0) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate) {
+__forceinline__ int __all_sync(unsigned mask, int predicate) {
   return cuda_host::vote("__all_sync", mask, predicate != 0) == mask;
 }
 
@@ -150,8 +148,8 @@ __forceinline__ To bits(From value) {
 
 }  // namespace cuda_host
 
-inline float __uint_as_float(unsigned x) { return cuda_host::bits<float>(x); }
-inline unsigned __float_as_uint(float x) { return cuda_host::bits<unsigned>(x); }
+__forceinline__ float __uint_as_float(unsigned x) { return cuda_host::bits<float>(x); }
+__forceinline__ unsigned __float_as_uint(float x) { return cuda_host::bits<unsigned>(x); }
 inline float __int_as_float(int x) { return cuda_host::bits<float>(x); }
 inline int __float_as_int(float x) { return cuda_host::bits<int>(x); }
 
