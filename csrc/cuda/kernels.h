@@ -18,6 +18,9 @@ struct Sizes {
   int O() const { return 2 * D + P; }
 };
 
+// The largest P and D that the kernels take.
+constexpr int kMostPartialChannels = 256, kMostQueryWidth = 128;
+
 // Arithmetic of the matrix products where the tensors are float32.
 struct Precision {
   bool tf32_proj, tf32_attn;
