@@ -1,5 +1,5 @@
-// The projection's rows as kernels hold them on chip: queries, keys and values, each padded to a multiple of 16 rows,
-// and the batch normalisation behind it as a factor and an offset per row.
+// The projection's rows as kernels hold them on chip: queries, keys and values, each padded to a multiple of 16
+// rows, and the batch normalisation behind it as a factor and an offset per row.
 #pragma once
 
 #include "tile.cuh"

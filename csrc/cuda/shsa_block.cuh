@@ -115,9 +115,8 @@ __device__ void project_image(const Sizes& s, const Group& group, const ShortLay
           const int token = row + i, o = column + j;
           const bool inside = token < s.N;
           first = inside && projected_channel(s, o) >= 0 ? first * m.factor[o] + m.offset[o] : 0.0f;
-          second = inside && projected_channel(s, o + 1) >= 0
-                       ? second * m.factor[o + 1] + m.offset[o + 1]
-                       : 0.0f;
+          second =
+              inside && projected_channel(s, o + 1) >= 0 ? second * m.factor[o + 1] + m.offset[o + 1] : 0.0f;
           store_pair(m.qkv + token * layout.ld_qkv + o, first, second);
         },
         here);
