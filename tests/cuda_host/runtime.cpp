@@ -449,6 +449,9 @@ CUDA_HOST_EXPORT size_t cuda_host_set_shared_memory_limit(size_t bytes) {
   return std::exchange(cuda_host::m.shared_limit, bytes);
 }
 
+// csrc/cuda/ops.cpp asks PyTorch for the stream of a CUDA tensor; here there are none, and PyTorch may lack CUDA.
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void**) { return 1; }
+
 // What g++ -fsanitize=alignment,bounds calls, in place of its library.
 
 struct SourceLocation {
