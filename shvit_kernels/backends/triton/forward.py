@@ -318,7 +318,7 @@ def attend(
     if B == 0:
         return results
     last = common.channels_last(x)
-    launch = table.short(P, N, x.dtype)
+    launch = table.short(P, N, x.element_size())
     attention_blocks = triton.cdiv(B, launch.images)
     copies, copy_sizes = copy_blocks(B, N, C, P, last, x.element_size(), launch.copied)
     P0, P1 = common.split(P)

@@ -1,8 +1,13 @@
-"""Launch parameters, from shapes."""
+"""Launch parameters, from shapes: those that were measured where the shape was, a rule elsewhere.
+
+``python -m benchmarks.tune_triton --write`` measures the published shapes on the GPU at hand and writes ``MEASURED``
+anew.
+"""
 
 from typing import NamedTuple
 
-import torch
+Shape = tuple[int, int, int]
+"""P, N and the bytes of an element."""
 
 
 class Short(NamedTuple):
@@ -12,10 +17,16 @@ class Short(NamedTuple):
     """Images per attention block, a power of two."""
     warps: int
     copied: int
-    """Elements per copying block."""
+    """Elements per block that copies."""
 
 
-def short(P: int, N: int, dtype: torch.dtype) -> Short:
-    if N <= 16:
-        return Short(images=2, warps=2, copied=4096)
-    return Short(images=1, warps=4, copied=8192)
+MEASURED: dict[str, dict[Shape, NamedTuple]] = {
+    # What follows was written by benchmarks/tune_triton.py.
+    "short": {},
+    # Until here.
+}
+
+
+def short(P: int, N: int, itemsize: int) -> Short:
+    rule = Short(images=1, warps=2 if N <= 16 else 4, copied=16384 // itemsize)
+    return MEASURED["short"].get((P, N, itemsize), rule)
