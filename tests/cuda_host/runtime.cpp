@@ -7,9 +7,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -105,6 +107,12 @@ struct Machine {
   std::mt19937 random;
   Sequence blocks, warp_order, lane_order;
   std::string error;
+
+  // Barriers, by the kernel's line: those that were met while recording, and the one to pass over.
+  bool recording = false;
+  std::map<const void*, std::string> lines;
+  std::set<std::string> met;
+  std::string dropped;
 } m;
 
 int number(const Thread& thread) { return static_cast<int>(&thread - m.threads.data()); }
@@ -322,12 +330,24 @@ unsigned char* shared_memory() { return m.shared; }
 
 int lane() { return number(*m.current) % kWarp; }
 
+// Whether the test wants this barrier to do nothing.
+static bool is_dropped(const char* barrier, const void* caller) {
+  if (!m.recording && m.dropped.empty()) return false;
+  std::string& line = m.lines[caller];
+  if (line.empty()) line = barrier + source_line(caller);
+  if (m.recording) m.met.insert(line);
+  return line == m.dropped;
+}
+
 void sync_threads() {
-  m.current->caller = __builtin_return_address(0);
+  const void* const caller = __builtin_return_address(0);
+  if (is_dropped("__syncthreads", caller)) return;
+  m.current->caller = caller;
   leave(Wait::kBarrier);
 }
 
 void sync_warp(unsigned mask) {
+  if (is_dropped("__syncwarp", __builtin_return_address(0))) return;
   together(
       "__syncwarp", mask, nullptr,
       [](Lanes& lanes) {
@@ -412,6 +432,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid) {
 void copy_async_commit() { ++m.current->groups; }
 
 void copy_async_wait(int pending) {
+  if (is_dropped("cp_async_wait", __builtin_return_address(0))) return;
   Thread& me = *m.current;
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group < me.groups - pending; ++copy) {
@@ -442,6 +463,20 @@ CUDA_HOST_EXPORT bool cuda_host_set_order(const char* order) {
   return true;
 }
 
+// Starts to note the barriers that kernels meet, or stops and returns them, one a line.
+CUDA_HOST_EXPORT const char* cuda_host_record_barriers(bool start) {
+  using cuda_host::m;
+  static std::string lines;
+  lines.clear();
+  for (const std::string& line : m.met) lines += line + "\n";
+  m.met.clear();
+  m.recording = start;
+  return lines.c_str();
+}
+
+// From now on kernels pass over this barrier, one of those recorded; none if empty.
+CUDA_HOST_EXPORT void cuda_host_drop_barrier(const char* line) { cuda_host::m.dropped = line; }
+
 CUDA_HOST_EXPORT void cuda_host_find_races(bool enabled) { cuda_host::races::enabled = enabled; }
 
 // Returns the limit before.
@@ -449,7 +484,8 @@ CUDA_HOST_EXPORT size_t cuda_host_set_shared_memory_limit(size_t bytes) {
   return std::exchange(cuda_host::m.shared_limit, bytes);
 }
 
-// csrc/cuda/ops.cpp asks PyTorch for the stream of a CUDA tensor; here there are none, and PyTorch may lack CUDA.
+// csrc/cuda/ops.cpp asks PyTorch for the stream of a CUDA tensor; here there are none, and PyTorch may lack
+// CUDA.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void**) { return 1; }
 
 // What g++ -fsanitize=alignment,bounds calls, in place of its library.

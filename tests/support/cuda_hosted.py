@@ -1,4 +1,7 @@
-"""The cuda-hosted tier: the CUDA kernels executed on this processor (tests/cuda_host), as a backend for CPU tensors."""
+"""The cuda-hosted tier: the CUDA kernels executed on this processor (tests/cuda_host), as a backend for CPU tensors.
+
+A module of tests marks itself with ``needs_hosted``, enters ``backend()`` and then names the backend ``"hosted"``.
+"""
 
 import ctypes
 import fcntl
@@ -22,7 +25,9 @@ FAMILY = "hosted"
 """The operators' family, and the name of the backend inside ``backend()``."""
 ORDERS = ("forward", "reverse", "odd_first", "interleaved", "random:1", "random:2")
 """Orders in which the blocks of a grid and, between barriers, the threads of a block run."""
-_CHECKS = "-fsanitize=alignment,bounds,thread"
+CHECKS = "-fsanitize=alignment,bounds,thread"
+"""Flags of the kernels: the harness takes the calls, races are looked for on demand."""
+ADDRESS_CHECKS = "-fsanitize=address,alignment,bounds"
 
 
 def why_unavailable() -> str | None:
@@ -33,67 +38,111 @@ def why_unavailable() -> str | None:
 needs_hosted = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
 
-def build(family: str = FAMILY, checks: str = _CHECKS, link: str = "") -> Path:
-    """The library, built or brought up to date; one process at a time."""
-    out = Path("build") / "cuda_hosted" / f"torch-{torch.__version__}" / family
-    (ROOT / out).mkdir(parents=True, exist_ok=True)
+def build(name: str = FAMILY, **variables: str) -> Path:
+    """A library of tests/cuda_host/Makefile with these variables, brought up to date by one process at a time."""
+    out = ROOT / "build" / "cuda_hosted" / f"torch-{torch.__version__}" / name
+    out.mkdir(parents=True, exist_ok=True)
     torch_directory = Path(torch.__file__).parent
-    variables = {"FAMILY": family, "CHECKS": checks, "LINK": link, "OUT": out, "TORCH": torch_directory, "CXX": "g++"}
-    command = ["make", "-f", "tests/cuda_host/Makefile", f"-j{os.cpu_count()}"]
+    variables = {"FAMILY": FAMILY, "CHECKS": CHECKS, "OUT": out.relative_to(ROOT), "TORCH": torch_directory} | variables
+    command = ["make", "-f", "tests/cuda_host/Makefile", f"-j{os.cpu_count()}", "CXX=g++"]
     command += [f"{name}={value}" for name, value in variables.items()]
-    with open(ROOT / out / "lock", "w") as lock:
+    with open(out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the hosted CUDA kernels do not build:\n{result.stderr}")
-    return ROOT / out / f"{family}.so"
+    return out / "library.so"
+
+
+class Harness:
+    """The switches of a library that was built on the harness."""
+
+    def __init__(self, path: Path):
+        self.library = ctypes.CDLL(path)
+        self.library.cuda_host_record_barriers.restype = ctypes.c_char_p
+        self.library.cuda_host_set_order.restype = ctypes.c_bool
+        self.library.cuda_host_set_shared_memory_limit.restype = ctypes.c_size_t
+        self.library.cuda_host_set_shared_memory_limit.argtypes = (ctypes.c_size_t,)
+
+    def set_thread_order(self, order: str) -> None:
+        if not self.library.cuda_host_set_order(order.encode()):
+            raise ValueError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
+
+    def thread_orders(self) -> Iterator[str]:
+        """Every order in turn, set while its name is out."""
+        try:
+            for order in ORDERS:
+                self.set_thread_order(order)
+                yield order
+        finally:
+            self.set_thread_order(ORDERS[0])
+
+    @contextmanager
+    def finding_races(self) -> Iterator[None]:
+        """Inside, a launch fails where no barrier orders two accesses of the same memory; several times slower."""
+        self.library.cuda_host_find_races(True)
+        try:
+            yield
+        finally:
+            self.library.cuda_host_find_races(False)
+
+    @contextmanager
+    def shared_memory_limit(self, size: int) -> Iterator[None]:
+        """Inside, a block may have no more than ``size`` bytes of shared memory."""
+        before = self.library.cuda_host_set_shared_memory_limit(size)
+        try:
+            yield
+        finally:
+            self.library.cuda_host_set_shared_memory_limit(before)
+
+    @contextmanager
+    def recorded_barriers(self) -> Iterator[list[str]]:
+        """The barriers that kernels meet inside, filled in at the end: ``"__syncthreads (norm.cuh:40)"``."""
+        barriers = []
+        self.library.cuda_host_record_barriers(True)
+        try:
+            yield barriers
+        finally:
+            barriers += self.library.cuda_host_record_barriers(False).decode().splitlines()
+
+    @contextmanager
+    def without(self, barrier: str) -> Iterator[None]:
+        """Inside, kernels pass over one of the recorded barriers."""
+        self.library.cuda_host_drop_barrier(barrier.encode())
+        try:
+            yield
+        finally:
+            self.library.cuda_host_drop_barrier(b"")
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def harness() -> Harness:
+    """The harness under the operators of the family."""
     path = build()
     ops.define(FAMILY)
     torch.ops.load_library(path)
-    return ctypes.CDLL(path)
+    return Harness(path)
 
 
 def load() -> operators.Functions:
     """The kernels as the functions of a backend, with autograd, on CPU tensors."""
-    _library()
+    harness()
     return operators.functions(FAMILY)
 
 
 @contextmanager
-def backend() -> Iterator[None]:
+def backend() -> Iterator[Harness]:
     """Inside, ``backend="hosted"`` names the kernels."""
-    module = SimpleNamespace(name=FAMILY, why_unavailable=lambda: None, why_not=lambda *_: None, **load()._asdict())
-    backends.BACKENDS[FAMILY] = module
+    functions = load()._asdict()
+    backends.BACKENDS[FAMILY] = SimpleNamespace(
+        name=FAMILY, why_unavailable=lambda: None, why_not=lambda *_: None, **functions
+    )
     try:
-        yield
+        yield harness()
     finally:
         del backends.BACKENDS[FAMILY]
 
 
-def set_thread_order(order: str) -> None:
-    if not _library().cuda_host_set_order(order.encode()):
-        raise ValueError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
-
-
 def thread_orders() -> Iterator[str]:
-    """Every order in turn, set while its name is out."""
-    try:
-        for order in ORDERS:
-            set_thread_order(order)
-            yield order
-    finally:
-        set_thread_order(ORDERS[0])
-
-
-@contextmanager
-def shared_memory_limit(size: int) -> Iterator[None]:
-    """Inside, a block may have no more than ``size`` bytes of shared memory."""
-    before = _library().cuda_host_set_shared_memory_limit(size)
-    try:
-        yield
-    finally:
-        _library().cuda_host_set_shared_memory_limit(before)
+    """Every order of the threads in turn, set while its name is out."""
+    return harness().thread_orders()

@@ -77,7 +77,7 @@ inline float max_nan(float a, float b) {
 template <class T>
 uint32_t relu2(uint32_t x) {
   uint32_t result = 0;
-  for (const int shift : {0, 16}) {
+  for (int shift = 0; shift < 32; shift += 16) {
     const uint32_t bits = x >> shift & 0xffff, magnitude = bits & 0x7fff;
     const bool nan = magnitude > (std::is_same_v<T, __half> ? 0x7c00 : 0x7f80);
     result |= (nan ? 0x7fff : bits == magnitude ? bits : 0) << shift;
