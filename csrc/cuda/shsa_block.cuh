@@ -15,7 +15,6 @@ namespace shvit::cuda {
 
 constexpr int kMostShortTokens = 256;
 constexpr int kColumnPairs = 4;  // 16-column tiles that a warp sums at a time
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Where things lie in the shared memory of a block. In the projection's rows queries, keys and values start at
 // multiples of 16.

@@ -16,6 +16,7 @@ namespace shvit::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kTile = 16;  // rows of a warp's product, and the multiple that shared matrices are padded to
+constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ constexpr int padded(int n) { return (n + kTile - 1) / kTile * kTile; }
 
