@@ -60,3 +60,25 @@ def sum_of_image(rows, IMAGES: tl.constexpr, PITCH: tl.constexpr):
     """For each row the sum over the rows of its image: a non-finite value stays in its image."""
     sums = tl.sum(tl.reshape(rows, [IMAGES, PITCH]), 1)
     return tl.reshape(tl.broadcast_to(sums[:, None], [IMAGES, PITCH]), [IMAGES * PITCH])
+
+
+@triton.jit
+def normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, LAST: tl.constexpr):
+    """(x1 - mean) / deviation of the tokens' images, or x1 itself where ``mean`` is None; 0 where there is none."""
+    mask = both(valid, c, P)
+    values = tl.load(x1 + first * P * N + element(image, c, n, P, N, LAST), mask, 0.0).to(tl.float32)
+    if mean is not None:
+        m = tl.load(mean + first + image, valid, 0.0)
+        r = tl.load(rstd + first + image, valid, 0.0)
+        values = tl.where(mask, (values - m[:, None]) * r[:, None], 0.0)
+    return values
+
+
+@triton.jit
+def affine_tile(normal, norm_weight, norm_bias, valid, c, P):
+    """z from :func:`normal_tile`."""
+    if norm_weight is not None:
+        normal = normal * tl.load(norm_weight + c, c < P, 0.0).to(tl.float32)[None, :]
+    if norm_bias is not None:
+        normal = tl.where(both(valid, c, P), normal + tl.load(norm_bias + c, c < P, 0.0).to(tl.float32)[None, :], 0.0)
+    return normal

@@ -1,0 +1,625 @@
+"""Gradients of shsa, from x1 and saved statistics.
+
+With S = scale q k^T, A = softmax(S), O = A v (tokens in rows) and dO the gradient of O (under ReLU: where y > 0):
+
+    dv = A^T dO       dA = dO v^T      dS = A * (dA - delta), delta the mean of dA under A
+    dq = scale dS k   dk = scale dS^T q
+
+Three steps, each one launch for short images: the attention's gradient ``dqkv``, rows of tokens; from it dz = dqkv W
+and through the norm dx, beside dW = dqkv^T z in parts; and the sum of all parts in a fixed order.
+
+In training the projection is batch-normalised, qkv = bn_weight * hat + bn_bias. Its gradient is classical,
+
+    bn_weight / sqrt(var + eps) * (dqkv - mean(dqkv) - hat * mean(dqkv * hat))
+
+with means over all tokens of the batch: the first step leaves their parts and ``hat``, one more launch adds them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import ops
+from .common import channels_last, dot, on_device_of, padded, precision, row_maximum, split
+from .forward import affine, load_row, load_tokens, normalised, project, weight_tiles
+from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .tiles import Tiles, affine_tile, both, element, normal_tile, tile_tokens
+
+MOST_SHORT_TOKENS = 64
+MOST_SHORT_CHANNELS = 128
+MOST_SHORT_WIDTH = 32
+COPIED = 2048
+"""Elements of the channels beyond P that one program handles."""
+PARTS = 64
+"""Parts of the weight's gradient, at most."""
+
+
+class BatchNorm(NamedTuple):
+    """Batch normalisation behind the projection, with its batch statistics."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+class Settings(NamedTuple):
+    qk_dim: int
+    scale: float
+    relu: bool
+    tf32_proj: bool
+    tf32_attn: bool
+
+
+# What both kinds of attention share
+
+
+@triton.jit
+def _masked_by_relu(dy, y, offsets, mask, RELU: tl.constexpr):
+    """The gradient before ReLU: where y > 0 or NaN."""
+    values = tl.load(dy + offsets, mask, 0.0)
+    if RELU:
+        values = tl.where(tl.load(y + offsets, mask, 0.0) <= 0.0, 0.0, values)
+    return values
+
+
+@triton.jit
+def _pass_rest(
+    dy, y, dx, block, C, P, N, LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The gradient of one block of the channels from P on."""
+    size = (C - P) * N
+    blocks = tl.cdiv(size, BLOCK)
+    image = (block // blocks).to(tl.int64) * C * N
+    e = block % blocks * BLOCK + tl.arange(0, BLOCK)
+    offsets = image + P * N + e
+    if LAST:
+        offsets = image + e // (C - P) * C + P + e % (C - P)
+    tl.store(dx + offsets, _masked_by_relu(dy, y, offsets, e < size, RELU), e < size)
+
+
+@triton.jit
+def _before_norm(hat, o, end, bn_weight, bn_bias):
+    """qkv of its normalised projection."""
+    if bn_weight is not None:
+        hat = hat * load_row(bn_weight, o, end)[None, :]
+    if bn_bias is not None:
+        hat = hat + load_row(bn_bias, o, end)[None, :]
+    return hat
+
+
+@triton.jit
+def _leave(value, hat, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NORM: tl.constexpr):
+    """Store some columns of dqkv, and the parts of their means. ``sums`` is that of the tile, [kinds, O]."""
+    tl.store(dqkv + rows[:, None] * ld + o[None, :], value.to(dqkv.dtype.element_ty), both(valid, o, end))
+    tl.store(sums + o, tl.sum(value, 0), o < end)
+    if BATCH_NORM:
+        tl.store(sums + O + o, tl.sum(value * hat, 0), o < end)
+
+
+@triton.jit
+def _keep(hat, hats, rows, o, end, valid, ld):
+    tl.store(hats + rows[:, None] * ld + o[None, :], hat.to(hats.dtype.element_ty), both(valid, o, end))
+
+
+# Short images: one program takes one image
+
+
+@triton.jit
+def _attend_short(
+    dy, y, x1, dx, mean, rstd, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    dqkv, hats, sums, scale, B, ld,
+    C: tl.constexpr, P: tl.constexpr, D: tl.constexpr, N: tl.constexpr, X1_LAST: tl.constexpr, LAST: tl.constexpr,
+    RELU: tl.constexpr, TOKENS: tl.constexpr, DP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    PROJ: tl.constexpr, ATTN: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0)
+    if image >= B:
+        _pass_rest(dy, y, dx, image - B, C, P, N, LAST, RELU, COPIED)
+    else:
+        BATCH_NORM: tl.constexpr = bn_mean is not None
+        O: tl.constexpr = 2 * D + P
+        dtype = x1.dtype.element_ty
+        images = image + tl.arange(0, 1)
+        n = tl.arange(0, TOKENS)
+        valid = n < N
+        within = valid[None, :, None]
+
+        z0 = load_tokens(x1, images, n, 0, N, P, P, P0, X1_LAST, within).to(tl.float32)
+        z1 = z0
+        if P1 > 0:
+            z1 = load_tokens(x1, images, n, P0, N, P, P, P1, X1_LAST, within).to(tl.float32)
+        if norm_weight is not None:
+            m = tl.load(mean + images)
+            r = tl.load(rstd + images)
+            z0 = normalised(z0, m, r, norm_weight, norm_bias, 0, P, P0, within)
+            if P1 > 0:
+                z1 = normalised(z1, m, r, norm_weight, norm_bias, P0, P, P1, within)
+        z0 = z0.to(dtype).reshape(TOKENS, P0)
+        if P1 > 0:
+            z1 = z1.to(dtype).reshape(TOKENS, P1)
+
+        oq = tl.arange(0, DP)
+        ok = D + tl.arange(0, DP)
+        ov0 = 2 * D + tl.arange(0, P0)
+        ov1 = 2 * D + P0 + tl.arange(0, P1 if P1 > 0 else P0)
+        end0: tl.constexpr = 2 * D + (P0 if P1 > 0 else P)
+        hq = _normalised_projection(z0, z1, weight, oq, D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+        hk = _normalised_projection(z0, z1, weight, ok, 2 * D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+        hv0 = _normalised_projection(z0, z1, weight, ov0, end0, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+        hv1 = hv0
+        if P1 > 0:
+            hv1 = _normalised_projection(z0, z1, weight, ov1, O, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+        q = _before_norm(hq, oq, D, bn_weight, bn_bias).to(dtype)
+        k = _before_norm(hk, ok, 2 * D, bn_weight, bn_bias).to(dtype)
+        v0 = _before_norm(hv0, ov0, end0, bn_weight, bn_bias).to(dtype)
+
+        logits = tl.where(valid[None, :], dot(q, k.trans(), ATTN) * scale, float("-inf"))
+        p = tl.exp(logits - row_maximum(logits, 1)[:, None])
+        pairs = valid[:, None] & valid[None, :]
+        p = tl.where(pairs, p / tl.sum(p, 1)[:, None], 0.0)
+
+        own = image.to(tl.int64) * C * N
+        c0 = tl.arange(0, P0)
+        offsets = own + element(n * 0, c0, n, C, N, LAST)
+        dout0 = _masked_by_relu(dy, y, offsets, both(valid, c0, P), RELU)
+        dp = dot(dout0, v0.trans(), ATTN)
+        dv0 = dot(p.to(dtype).trans(), dout0, ATTN)
+        dv1 = dv0
+        if P1 > 0:
+            v1 = _before_norm(hv1, ov1, O, bn_weight, bn_bias).to(dtype)
+            c1 = P0 + tl.arange(0, P1)
+            offsets = own + element(n * 0, c1, n, C, N, LAST)
+            dout1 = _masked_by_relu(dy, y, offsets, both(valid, c1, P), RELU)
+            dp = dot(dout1, v1.trans(), ATTN, dp)
+            dv1 = dot(p.to(dtype).trans(), dout1, ATTN)
+
+        # Divided by the sum of p, which is 1 but for rounding: one key alone then leaves exactly nothing.
+        dp = tl.where(pairs, dp, 0.0)
+        total = tl.sum(p, 1)
+        delta = tl.sum(p * dp, 1) / tl.where(valid, total, 1.0)
+        dlogits = tl.where(pairs, p * (dp - delta[:, None]), 0.0).to(dtype)
+        dq = dot(dlogits, k, ATTN) * scale
+        dk = dot(dlogits.trans(), q, ATTN) * scale
+
+        kinds: tl.constexpr = 2 if BATCH_NORM else 1
+        to = sums + image.to(tl.int64) * kinds * O
+        rows = image.to(tl.int64) * N + n
+        _leave(dq, hq, dqkv, to, rows, oq, D, valid, ld, O, BATCH_NORM)
+        _leave(dk, hk, dqkv, to, rows, ok, 2 * D, valid, ld, O, BATCH_NORM)
+        _leave(dv0, hv0, dqkv, to, rows, ov0, end0, valid, ld, O, BATCH_NORM)
+        if P1 > 0:
+            _leave(dv1, hv1, dqkv, to, rows, ov1, O, valid, ld, O, BATCH_NORM)
+        if BATCH_NORM:
+            _keep(hq, hats, rows, oq, D, valid, ld)
+            _keep(hk, hats, rows, ok, 2 * D, valid, ld)
+            _keep(hv0, hats, rows, ov0, end0, valid, ld)
+            if P1 > 0:
+                _keep(hv1, hats, rows, ov1, O, valid, ld)
+
+
+@triton.jit
+def _normalised_projection(
+    z0, z1, weight, o, end, bias, bn_mean, bn_var, bn_eps, P: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    PROJ: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the projection, less its batch mean and over its deviation, or with its bias."""
+    w0, w1 = weight_tiles(weight, o, end, P, P0, P1)
+    factor, offset = affine(o, end, bias, None, None, bn_mean, bn_var, bn_eps)
+    return project(z0, z1, w0.to(z0.dtype), w1.to(z0.dtype), factor, offset, P1, PROJ)
+
+
+# Any images: the projection is staged, and dq, dk and dv are made by programs of their own
+
+
+@triton.jit
+def _stage(
+    dy, y, x1, dx, mean, rstd, norm_weight, norm_bias, weight, bias, bn_mean, bn_var, bn_eps, hats, dout, delta,
+    B, C, P, N, O, ld, dout_ld, blocks, X1_LAST: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
+    IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PROJ: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the projection; by the last programs of a tile the attention's gradient and delta."""
+    first, image, n, valid = tile_tokens(tl.program_id(0), B, N, blocks, IMAGES, PITCH)
+    rows = first * N + image * N + n
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    dtype = x1.dtype.element_ty
+    if tl.program_id(1) < tl.cdiv(O, BO):
+        product = tl.zeros([IMAGES * PITCH, BO], tl.float32)
+        for start in range(0, P, BK):
+            c = start + tl.arange(0, BK)
+            z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
+            z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
+            w = tl.load(weight + o[None, :] * P + c[:, None], both(c < P, o, O), 0.0)
+            product = dot(z.to(dtype), w.to(dtype), PROJ, product)
+        factor, offset = affine(o, O, bias, None, None, bn_mean, bn_var, bn_eps)
+        _keep(product * factor[None, :] + offset[None, :], hats, rows, o, O, valid, ld)
+    else:
+        total = tl.zeros([IMAGES * PITCH], tl.float32)
+        for start in range(0, P, BK):
+            c = start + tl.arange(0, BK)
+            offsets = first * C * N + element(image, c, n, C, N, LAST)
+            values = _masked_by_relu(dy, y, offsets, both(valid, c, P), RELU)
+            tl.store(dout + rows[:, None] * dout_ld + c[None, :], values, both(valid, c, P))
+            total += tl.sum(values.to(tl.float32) * tl.load(y + offsets, both(valid, c, P), 0.0).to(tl.float32), 1)
+        tl.store(delta + rows, total, valid)
+
+
+@triton.jit
+def _staged(hats, rows, o, end, valid, ld, bn_weight, bn_bias):
+    """Some columns of qkv."""
+    hat = tl.load(hats + rows[:, None] * ld + o[None, :], both(valid, o, end), 0.0)
+    return _before_norm(hat.to(tl.float32), o, end, bn_weight, bn_bias).to(hats.dtype.element_ty)
+
+
+@triton.jit
+def _probabilities(q, k, row_max, row_sum, scale, pairs, ATTN: tl.constexpr):
+    above = dot(q, k.trans(), ATTN) * scale - row_max[:, None]
+    above = tl.where(above > 0.0, 0.0, above)  # by rounding only; keeps NaN
+    return tl.where(pairs, tl.exp(above) / row_sum[:, None], 0.0)
+
+
+@triton.jit
+def _dlogits(
+    p, dout, hats, bn_weight, bn_bias, delta, query_rows, key_rows, query, key, pairs, D, P, ld, dout_ld,
+    BP: tl.constexpr, ONE_BLOCK: tl.constexpr, ATTN: tl.constexpr,
+):  # fmt: skip
+    dp = tl.zeros(p.shape, tl.float32)
+    for start in range(0, P, BP):
+        c = start + tl.arange(0, BP)
+        d = tl.load(dout + query_rows[:, None] * dout_ld + c[None, :], both(query, c, P), 0.0)
+        v = _staged(hats, key_rows, 2 * D + c, 2 * D + P, key, ld, bn_weight, bn_bias)
+        dp = dot(d, v.trans(), ATTN, dp)
+    if ONE_BLOCK:  # as for short images
+        dp = tl.where(pairs, dp, 0.0)
+        delta = tl.sum(p * dp, 1) / tl.where(query, tl.sum(p, 1), 1.0)
+    return tl.where(pairs, p * (dp - delta[:, None]), 0.0).to(dout.dtype.element_ty)
+
+
+@triton.jit
+def _attend_long(
+    hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, P, D, N, ld, dout_ld, blocks,
+    TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, ONE_BLOCK: tl.constexpr, BATCH_NORM: tl.constexpr,
+    ATTN: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries, dk of a block of keys, or some columns of its dv."""
+    tile = tl.program_id(0)
+    role = tl.program_id(1)
+    O = 2 * D + P
+    start = (tile // blocks).to(tl.int64) * N
+    own_n = tile % blocks * TOKENS + tl.arange(0, TOKENS)
+    own = own_n < N
+    own_rows = start + own_n
+    oq = tl.arange(0, DP)
+    ok = D + tl.arange(0, DP)
+    to = sums + tile.to(tl.int64) * (2 if BATCH_NORM else 1) * O
+    if role == 0:
+        q = _staged(hats, own_rows, oq, D, own, ld, bn_weight, bn_bias)
+        highest = tl.load(row_max + own_rows, own, 0.0)
+        total = tl.load(row_sum + own_rows, own, 1.0)
+        d = tl.load(delta + own_rows, own, 0.0)
+        dq = tl.zeros([TOKENS, DP], tl.float32)
+        for block in range(blocks):
+            n = block * TOKENS + tl.arange(0, TOKENS)
+            rows = start + n
+            pairs = own[:, None] & (n < N)[None, :]
+            k = _staged(hats, rows, ok, 2 * D, n < N, ld, bn_weight, bn_bias)
+            p = _probabilities(q, k, highest, total, scale, pairs, ATTN)
+            dlogits = _dlogits(
+                p, dout, hats, bn_weight, bn_bias, d, own_rows, rows, own, n < N, pairs, D, P, ld, dout_ld,
+                BP, ONE_BLOCK, ATTN,
+            )  # fmt: skip
+            dq = dot(dlogits, k, ATTN, dq)
+        _leave_staged(dq * scale, hats, dqkv, to, own_rows, oq, D, own, ld, O, BATCH_NORM)
+    elif role == 1:
+        k = _staged(hats, own_rows, ok, 2 * D, own, ld, bn_weight, bn_bias)
+        dk = tl.zeros([TOKENS, DP], tl.float32)
+        for block in range(blocks):
+            n = block * TOKENS + tl.arange(0, TOKENS)
+            rows = start + n
+            pairs = (n < N)[:, None] & own[None, :]
+            q = _staged(hats, rows, oq, D, n < N, ld, bn_weight, bn_bias)
+            highest = tl.load(row_max + rows, n < N, 0.0)
+            p = _probabilities(q, k, highest, tl.load(row_sum + rows, n < N, 1.0), scale, pairs, ATTN)
+            dlogits = _dlogits(
+                p, dout, hats, bn_weight, bn_bias, tl.load(delta + rows, n < N, 0.0), rows, own_rows, n < N, own,
+                pairs, D, P, ld, dout_ld, BP, ONE_BLOCK, ATTN,
+            )  # fmt: skip
+            dk = dot(dlogits.trans(), q, ATTN, dk)
+        _leave_staged(dk * scale, hats, dqkv, to, own_rows, ok, 2 * D, own, ld, O, BATCH_NORM)
+    else:
+        c = (role - 2) * BP + tl.arange(0, BP)
+        k = _staged(hats, own_rows, ok, 2 * D, own, ld, bn_weight, bn_bias)
+        dv = tl.zeros([TOKENS, BP], tl.float32)
+        for block in range(blocks):
+            n = block * TOKENS + tl.arange(0, TOKENS)
+            rows = start + n
+            pairs = (n < N)[:, None] & own[None, :]
+            q = _staged(hats, rows, oq, D, n < N, ld, bn_weight, bn_bias)
+            highest = tl.load(row_max + rows, n < N, 0.0)
+            p = _probabilities(q, k, highest, tl.load(row_sum + rows, n < N, 1.0), scale, pairs, ATTN)
+            d = tl.load(dout + rows[:, None] * dout_ld + c[None, :], both(n < N, c, P), 0.0)
+            dv = dot(p.to(d.dtype).trans(), d, ATTN, dv)
+        _leave_staged(dv, hats, dqkv, to, own_rows, 2 * D + c, O, own, ld, O, BATCH_NORM)
+
+
+@triton.jit
+def _leave_staged(value, hats, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NORM: tl.constexpr):
+    hat = value
+    if BATCH_NORM:
+        hat = tl.load(hats + rows[:, None] * ld + o[None, :], both(valid, o, end), 0.0).to(tl.float32)
+    _leave(value, hat, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NORM)
+
+
+@triton.jit
+def _pass(dy, y, dx, C, P, N, LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr):
+    _pass_rest(dy, y, dx, tl.program_id(0), C, P, N, LAST, RELU, BLOCK)
+
+
+# Through the projection
+
+
+@triton.jit
+def _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid):
+    """Some columns of the gradient before batch normalisation, 0 where there is none."""
+    mask = both(valid, o, O)
+    gradient = tl.load(dqkv + offsets, mask, 0.0)
+    if means is not None:
+        hat = tl.load(hats + offsets, mask, 0.0).to(tl.float32)
+        factor = tl.rsqrt(load_row(bn_var, o, O) + bn_eps)
+        if bn_weight is not None:
+            factor *= load_row(bn_weight, o, O)
+        centred = gradient.to(tl.float32) - load_row(means, o, O)[None, :] - hat * load_row(means + O, o, O)[None, :]
+        gradient = tl.where(mask, factor[None, :] * centred, 0.0).to(dqkv.dtype.element_ty)
+    return gradient
+
+
+@triton.jit
+def _through_projection(
+    dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, norm_bias, weight, dweight_parts,
+    tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, tiles, steps, weight_programs,
+    X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BP: tl.constexpr,
+    BK: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+):  # fmt: skip
+    """A part of the weight's gradient, or dz of a tile and what follows from it."""
+    program = tl.program_id(0)
+    dtype = x1.dtype.element_ty
+    if program < weight_programs:
+        o_blocks = tl.cdiv(O, WEIGHT_O)
+        p_blocks = tl.cdiv(P, WEIGHT_P)
+        part = program // (o_blocks * p_blocks)
+        o = program // p_blocks % o_blocks * WEIGHT_O + tl.arange(0, WEIGHT_O)
+        c = program % p_blocks * WEIGHT_P + tl.arange(0, WEIGHT_P)
+        dweight = tl.zeros([WEIGHT_O, WEIGHT_P], tl.float32)
+        for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
+            first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+            offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
+            d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+            z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
+            z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
+            dweight = dot(d.trans(), z.to(dtype), PROJ, dweight)
+        to = dweight_parts + part.to(tl.int64) * O * P + o[:, None] * P + c[None, :]
+        tl.store(to, dweight, both(o < O, c, P))
+    else:
+        chunks = tl.cdiv(P, BP)
+        tile = (program - weight_programs) // chunks
+        start = (program - weight_programs) % chunks * BP
+        first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+        c = start + tl.arange(0, BP)
+        dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
+        for inner in range(0, O, BK):
+            o = inner + tl.arange(0, BK)
+            offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
+            d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+            w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
+            dz = dot(d, w.to(dtype), PROJ, dz)
+        finish_input_gradient(
+            dz, x1, dx, mean, rstd, norm_weight, tile_sums, dnorm_parts, tile, first, image, n, valid, start,
+            C, P, N, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, STAGE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _batch_means(sums, bn_var, dbn_weight, dbn_bias, means, rows, O, count, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Gradients of the batch normalisation's parameters, and the means that its gradient takes off."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    plain = tl.zeros([ROWS, BLOCK], tl.float32)
+    along = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = sums + row.to(tl.int64)[:, None] * 2 * O + o[None, :]
+        plain += tl.load(at, both(row < rows, o, O), 0.0)
+        along += tl.load(at + O, both(row < rows, o, O), 0.0)
+    plain = tl.sum(plain, 0)
+    along = tl.sum(along, 0)
+    if dbn_bias is not None:
+        tl.store(dbn_bias + o, plain.to(dbn_bias.dtype.element_ty), o < O)
+    if dbn_weight is not None:
+        tl.store(dbn_weight + o, along.to(dbn_weight.dtype.element_ty), o < O)
+    # A variance is clamped at 0 against rounding: no gradient passes there.
+    varies = tl.load(bn_var + o, o < O, 0.0) != 0.0
+    tl.store(means + o, plain / count, o < O)
+    tl.store(means + O + o, tl.where(varies, along / count, 0.0), o < O)
+
+
+# Launches
+
+
+class Saved(NamedTuple):
+    """What the forward saved of the attention; mean and rstd are None without a norm."""
+
+    x1: Tensor
+    y: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    row_max: Tensor
+    row_sum: Tensor
+
+
+class AttentionGradient(NamedTuple):
+    """Rows of tokens, [B * N, at least O], and the sums of tiles of them, [tiles, kinds, O]."""
+
+    dqkv: Tensor
+    hats: Tensor | None
+    sums: Tensor
+
+
+def _attention_gradient(
+    dy: Tensor,
+    dx: Tensor | None,
+    saved: Saved,
+    norm: tuple[Tensor | None, Tensor | None],
+    weight: Tensor,
+    bias: Tensor | None,
+    batch_norm: BatchNorm | None,
+    settings: Settings,
+) -> AttentionGradient:
+    """dqkv, and dx of the channels from P on."""
+    B, C, H, W = dy.shape
+    x1, y, mean, rstd, row_max, row_sum = saved
+    N, D = H * W, settings.qk_dim
+    O, P = weight.shape
+    ld = triton.cdiv(O, 8) * 8
+    kinds = 1 if batch_norm is None else 2
+    bn = batch_norm or BatchNorm(None, None, None, None, 0.0)
+    dqkv = x1.new_empty(B * N, ld)
+    layout = {"X1_LAST": channels_last(x1), "LAST": channels_last(dy), "RELU": settings.relu}
+    proj, attn = precision(settings.tf32_proj), precision(settings.tf32_attn)
+    copies = 0 if dx is None else B * triton.cdiv((C - P) * N, COPIED)
+    if _is_short(x1, D):
+        hats = None if batch_norm is None else torch.empty_like(dqkv)
+        sums = x1.new_empty(B, kinds, O, dtype=torch.float32)
+        P0, P1 = split(P)
+        tokens = padded(N)
+        _attend_short[(B + copies,)](
+            dy, y, x1, dx, mean, rstd, *norm, weight, bias, *bn, dqkv, hats, sums, settings.scale, B, ld,
+            C=C, P=P, D=D, N=N, TOKENS=tokens, DP=padded(D), P0=P0, P1=P1, PROJ=proj, ATTN=attn, COPIED=COPIED,
+            num_warps=4 if tokens < 64 else 8, **layout,
+        )  # fmt: skip
+        return AttentionGradient(dqkv, hats, sums)
+    hats = torch.empty_like(dqkv)
+    dout_ld = triton.cdiv(P, 8) * 8
+    dout = x1.new_empty(B * N, dout_ld)
+    delta = x1.new_empty(B, N, dtype=torch.float32)
+    tiles = Tiles.of(B, N, _tile_tokens(x1))
+    columns = 32
+    _stage[(tiles.count, triton.cdiv(O, columns) + 1)](
+        dy, y, x1, dx, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
+        B, C, P, N, O, ld, dout_ld, tiles.blocks,
+        IMAGES=tiles.images, PITCH=tiles.pitch, BO=columns, BK=32, PROJ=proj, **layout,
+    )  # fmt: skip
+    if copies:
+        _pass[(copies,)](dy, y, dx, C, P, N, LAST=layout["LAST"], RELU=settings.relu, BLOCK=COPIED)
+    sums = x1.new_empty(B * tiles.blocks, kinds, O, dtype=torch.float32)
+    _attend_long[(B * tiles.blocks, 2 + triton.cdiv(P, columns))](
+        hats, dout, delta, row_max, row_sum, bn.weight, bn.bias, dqkv, sums, settings.scale, P, D, N, ld, dout_ld,
+        tiles.blocks, TOKENS=tiles.pitch, DP=padded(D), BP=columns, ONE_BLOCK=tiles.blocks == 1,
+        BATCH_NORM=batch_norm is not None, ATTN=attn,
+    )  # fmt: skip
+    return AttentionGradient(dqkv, hats, sums)
+
+
+def _is_short(x1: Tensor, D: int) -> bool:
+    _, P, H, W = x1.shape
+    fits = H * W <= MOST_SHORT_TOKENS and P <= MOST_SHORT_CHANNELS and D <= MOST_SHORT_WIDTH
+    return fits and x1.dtype != torch.float32
+
+
+def _tile_tokens(x1: Tensor) -> int:
+    """Rows of a tile: exact products of float32 run out of registers with more."""
+    return 32 if x1.dtype == torch.float32 else 64
+
+
+def gradients(
+    dy: Tensor,
+    saved: Saved,
+    norm: tuple[Tensor | None, Tensor | None],
+    weight: Tensor,
+    bias: Tensor | None,
+    batch_norm: BatchNorm | None,
+    settings: Settings,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, the norm's weight and bias, and the weight; then of the batch normalisation's weight and bias, or
+    of the projection's bias."""
+    B, C, H, W = dy.shape
+    N = H * W
+    O, P = weight.shape
+    last = (bias,) if batch_norm is None else (batch_norm.weight, batch_norm.bias)
+    dx = torch.empty_like(dy, memory_format=ops.memory_format(saved.y)) if needs[0] else None
+    parameters = [
+        torch.empty_like(t) if need and t is not None else None
+        for need, t in zip(needs[1:], (*norm, weight, *last), strict=True)
+    ]
+    dnorm_weight, dnorm_bias, dweight, *dlast = parameters
+    if B == 0:
+        for t in parameters:
+            if t is not None:
+                t.zero_()
+    elif dx is not None or any(t is not None for t in parameters):
+        if norm[0] is None:
+            saved = saved._replace(mean=None, rstd=None)
+        x1 = saved.x1
+        with on_device_of(x1):
+            attention = _attention_gradient(dy, dx, saved, norm, weight, bias, batch_norm, settings)
+            means = None
+            bn_weight = bn_var = None
+            bn_eps = 0.0
+            if batch_norm is not None:
+                means = _means(attention.sums, batch_norm, float(B * N), *dlast)
+                bn_weight, _, _, bn_var, bn_eps = batch_norm
+            tiles = Tiles.of(B, N, _tile_tokens(x1))
+            dnorm = dnorm_weight is not None or dnorm_bias is not None
+            plan = InputGradient.of(x1, tiles, norm[0], dx is not None, dnorm)
+            dweight_parts = None
+            weight_programs = 0
+            steps = triton.cdiv(tiles.count, PARTS)
+            weight_block = (32 if x1.dtype == torch.float32 else 64, 32)
+            if dweight is not None:
+                parts = triton.cdiv(tiles.count, steps)
+                dweight_parts = x1.new_empty(parts, O, P, dtype=torch.float32)
+                weight_programs = parts * triton.cdiv(O, weight_block[0]) * triton.cdiv(P, weight_block[1])
+            stages = plan.stages if dx is not None or dnorm else ("none",)
+            for stage in stages:
+                input_programs = 0 if stage == "none" else tiles.count * plan.chunks
+                if stage == "store":
+                    weight_programs = 0
+                if weight_programs + input_programs == 0:
+                    continue
+                _through_projection[(weight_programs + input_programs,)](
+                    attention.dqkv, attention.hats, means, bn_weight, bn_var, bn_eps, x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts, B, C, P, N, O,
+                    attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
+                    X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
+                    BP=plan.channels, BK=32, WEIGHT_O=weight_block[0], WEIGHT_P=weight_block[1], STAGE=stage,
+                    PROJ=precision(settings.tf32_proj), num_warps=8 if plan.channels > 64 else 4,
+                )  # fmt: skip
+            dbias = dlast[0] if batch_norm is None else None
+            reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias, dweight_parts, dweight, attention.sums, dbias)
+    return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *parameters))
+
+
+def _means(
+    sums: Tensor, batch_norm: BatchNorm, count: float, dbn_weight: Tensor | None, dbn_bias: Tensor | None
+) -> Tensor:
+    rows, _, O = sums.shape
+    means = torch.empty_like(sums[0])
+    block = 32
+    _batch_means[(triton.cdiv(O, block),)](
+        sums, batch_norm.var, dbn_weight, dbn_bias, means, rows, O, count, BLOCK=block, ROWS=32
+    )
+    return means
+
+
+def shsa_backward(
+    dy, x1, y, mean, rstd, row_max, row_sum, norm_weight, norm_bias, qkv_weight, qkv_bias,
+    qk_dim, norm_eps, scale, relu, tf32_proj, tf32_attn, needs,
+):  # fmt: skip
+    saved = Saved(x1, y, mean, rstd, row_max, row_sum)
+    settings = Settings(qk_dim, scale, relu, tf32_proj, tf32_attn)
+    return gradients(dy, saved, (norm_weight, norm_bias), qkv_weight, qkv_bias, None, settings, needs)
+
+
+OPERATORS = {"shsa_backward": shsa_backward}
