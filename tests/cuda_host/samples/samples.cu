@@ -78,8 +78,10 @@ __global__ void __launch_bounds__(64) product(Product p) {
   const T* global_a = static_cast<const T*>(p.a) + image * kSize + (p.broken == kMisalignedCopy);
   ptx::cp_async<16>(a + lane * 8, global_a + lane * 8);
   ptx::cp_async_commit();
-  ptx::cp_async<16>(b + lane * 8, static_cast<const T*>(p.b) + lane * 8, 12);
-  ptx::cp_async<4>(b + lane * 8 + 6, static_cast<const T*>(p.b) + lane * 8 + 6);
+  const T* global_b = static_cast<const T*>(p.b);
+  ptx::cp_async<8>(b + lane * 8, global_b + lane * 8);
+  ptx::cp_async<4>(b + lane * 8 + 4, global_b + lane * 8 + 4);
+  ptx::cp_async<4>(b + lane * 8 + 6, global_b + lane * 8 + 6);
   ptx::cp_async_commit();
   if (p.broken == kWriteUnderCopy) a[lane * 8] = a[lane * 8 + 1];
   if (p.broken == kNoWait) {
@@ -124,6 +126,15 @@ __global__ void load_two(const uint32_t* x, uint32_t* y, bool transposed) {
   const uint32_t* row = matrices + threadIdx.x % 16 * 4;
   transposed ? ptx::ldmatrix_x2_trans(r, row) : ptx::ldmatrix_x2(r, row);
   for (int i = 0; i < 2; ++i) y[i * 32 + threadIdx.x] = r[i];
+}
+
+// The first `valid` bytes of each 16 of x, and zeros.
+__global__ void copy_some(const uint4* x, uint4* y, int valid) {
+  auto* copies = ptx::shared_memory<uint4>();
+  ptx::cp_async<16>(copies + threadIdx.x, x + threadIdx.x, valid);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  y[threadIdx.x] = copies[threadIdx.x];
 }
 
 // What each lane gets, in rows of y[...][32].
@@ -171,6 +182,10 @@ SAMPLE const char* sample_product_tf32(const float* a, const float* b, float* d)
 
 SAMPLE const char* sample_load_two(const uint32_t* x, uint32_t* y, bool transposed) {
   return shvit::launch(load_two, dim3(1), 32, 256, nullptr, x, y, transposed);
+}
+
+SAMPLE const char* sample_copy_some(const uint4* x, uint4* y, int valid) {
+  return shvit::launch(copy_some, dim3(1), 32, 512, nullptr, x, y, valid);
 }
 
 SAMPLE const char* sample_exchange(int* y) { return shvit::launch(exchange, dim3(1), 32, 0, nullptr, y); }
