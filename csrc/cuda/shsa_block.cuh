@@ -13,7 +13,7 @@
 
 namespace shvit::cuda {
 
-constexpr int kMostShortTokens = 256;
+constexpr int kMostShortTokens = 256, kFewTokens = 64;
 constexpr int kColumnPairs = 4;  // 16-column tiles that a warp sums at a time
 
 // Where things lie in the shared memory of a block. In the projection's rows queries, keys and values start at
@@ -165,15 +165,14 @@ __device__ __forceinline__ void add_rows(float (&row_sum)[2], const Sums<kColumn
     for (int i = 0; i < 4; ++i) row_sum[i / 2] += terms[j][i];
 }
 
-// a v (through ReLU) to the place of z, which no warp may need any more. Up to 64 keys the logits stay in
-// registers; of more they are computed again, D being small, once the maximum is known.
-template <class Op, bool ChannelsLast, class T>
+// a v (through ReLU) to the place of z, which no warp may need any more. Few: up to 64 keys, whose logits stay
+// in registers; of more they are computed again, D being small, once the maximum is known.
+template <class Op, bool ChannelsLast, bool Few, class T>
 __device__ void attend_image(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
                              const ShortMemory<T>& m, int64_t image, bool saves) {
   const Sizes& s = p.sizes;
   constexpr int kBlock = kColumnPairs * kTile;
   const int tiles = padded(s.N) / kTile, value_pairs = layout.P / kTile;
-  const bool one_block = s.N <= kBlock;
   // Warps beyond the number of tiles share the columns of a tile.
   const int sharers = max(1, group.warps() / tiles);
   const int pairs_each = (value_pairs + sharers - 1) / sharers;
@@ -181,7 +180,7 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
     const int row = task % tiles * kTile, share = task / tiles;
     Sums<kColumnPairs> terms;
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f}, inverse[2];
-    for (int first = 0; first < s.N; first += kBlock) {
+    for (int first = 0; first < (Few ? 1 : s.N); first += kBlock) {
       logits_of_block<Op>(terms, p, layout, m, row, first);
       raise(row_max, terms);
     }
@@ -192,10 +191,10 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
       const int here = min(kColumnPairs, end - pair), column = pair * kTile;
       Sums<kColumnPairs> sums;
       clear<kColumnPairs>(sums);
-      for (int first = 0; first < s.N; first += kBlock) {
+      for (int first = 0; first < (Few ? 1 : s.N); first += kBlock) {
         const int keys = s.N - first;
-        if (!one_block) logits_of_block<Op>(terms, p, layout, m, row, first);
-        if (!one_block || pair == begin) exponentiate(terms, row_max, keys);
+        if (!Few) logits_of_block<Op>(terms, p, layout, m, row, first);
+        if (!Few || pair == begin) exponentiate(terms, row_max, keys);
         if (pair == begin) add_rows(row_sum, terms);
         const KStrided<T> v{m.qkv + 2 * layout.D + first * layout.ld_qkv, layout.ld_qkv};
         product_of_sums<Op, kColumnPairs, kColumnPairs>(sums, terms, v, column,
@@ -234,10 +233,9 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
 }
 
 // From global memory to a v in the place of z, complete after a barrier.
-template <class A, bool ChannelsLast>
+template <bool ChannelsLast, bool Few, class T>
 __device__ void attend(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
-                       const ShortMemory<typename A::T>& m, int64_t image, bool saves) {
-  using T = typename A::T;
+                       const ShortMemory<T>& m, int64_t image, bool saves) {
   const Sizes& s = p.sizes;
   load_projection(p, layout, m);
   const T* x = static_cast<const T*>(p.x) + image * s.C * s.N;
@@ -252,9 +250,12 @@ __device__ void attend(const ShsaForwardParams& p, const Group& group, const Sho
   __syncthreads();
   normalise_image<ChannelsLast>(p, group, layout, m, image, saves);
   __syncthreads();
-  project_image<typename A::Projection, ChannelsLast>(s, group, layout, m);
+  with_op<T>(p.precision.tf32_proj,
+             [&](auto op) { project_image<decltype(op), ChannelsLast>(s, group, layout, m); });
   __syncthreads();
-  attend_image<typename A::Attention, ChannelsLast>(p, group, layout, m, image, saves);
+  with_op<T>(p.precision.tf32_attn, [&](auto op) {
+    attend_image<decltype(op), ChannelsLast, Few>(p, group, layout, m, image, saves);
+  });
 }
 
 }  // namespace shvit::cuda

@@ -23,11 +23,11 @@ struct Grid {
 
 int images_per_block(const Sizes& s) { return s.N <= kTile && s.B >= 256 ? 2 : 1; }
 
-int warps_per_block(const Sizes& s) { return s.N <= 64 ? 4 : 8; }
+int warps_per_block(const Sizes& s) { return s.N <= kFewTokens ? 4 : 8; }
 
-template <class A, bool ChannelsLast>
-__global__ void __launch_bounds__(256) shsa_forward_kernel(ShsaForwardParams p, Grid grid) {
-  using T = typename A::T;
+template <class T, bool ChannelsLast, bool Few>
+__global__ void __launch_bounds__(Few ? 128 : 256, Few && sizeof(T) == 2 ? 4 : 1)
+    shsa_forward_kernel(ShsaForwardParams p, Grid grid) {
   const Sizes& s = p.sizes;
   if (blockIdx.x >= grid.attending) {
     const T *x = static_cast<const T*>(p.x), *nothing = nullptr;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(256) shsa_forward_kernel(ShsaForwardParams p, 
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * grid.images + group.index;
   const bool present = wanted < s.B;
   const int64_t image = present ? wanted : s.B - 1;  // behind the end: all threads take part in the barriers
-  attend<A, ChannelsLast>(p, group, layout, memory, image, present);
+  attend<ChannelsLast, Few>(p, group, layout, memory, image, present);
   __syncthreads();
   if (!present) return;
   T* y = static_cast<T*>(p.y) + image * s.C * s.N;
@@ -57,17 +57,16 @@ __global__ void __launch_bounds__(256) shsa_forward_kernel(ShsaForwardParams p, 
   }
 }
 
-template <class A, bool ChannelsLast>
+template <class T, bool ChannelsLast, bool Few>
 const char* start(const ShsaForwardParams& p, void* stream) {
-  using T = typename A::T;
   const Sizes& s = p.sizes;
   Grid grid = {images_per_block(s), warps_per_block(s), 0};
   grid.attending = (s.B + grid.images - 1) / grid.images;
   const int64_t blocks = grid.attending + s.B * rest_blocks(s, ChannelsLast, sizeof(T));
   if (blocks > INT32_MAX) return "more images than a grid has blocks";
   const size_t bytes = ShortLayout(s, ChannelsLast, grid.images, grid.warps).bytes<T>(s);
-  return launch(shsa_forward_kernel<A, ChannelsLast>, dim3(static_cast<unsigned>(blocks)), grid.warps * kWarp,
-                bytes, stream, p, grid);
+  return launch(shsa_forward_kernel<T, ChannelsLast, Few>, dim3(static_cast<unsigned>(blocks)),
+                grid.warps * kWarp, bytes, stream, p, grid);
 }
 
 }  // namespace
@@ -84,9 +83,12 @@ bool shsa_forward_fits(const Sizes& s, Type type) {
 
 const char* shsa_forward(const ShsaForwardParams& params, Type type, void* stream) {
   if (params.sizes.B == 0) return nullptr;
-  return with_arithmetic(type, params.precision, [&](auto arithmetic) {
-    using A = decltype(arithmetic);
-    return params.channels_last ? start<A, true>(params, stream) : start<A, false>(params, stream);
+  return with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto start_with = params.sizes.N <= kFewTokens
+                                ? (params.channels_last ? start<T, true, true> : start<T, false, true>)
+                                : (params.channels_last ? start<T, true, false> : start<T, false, false>);
+    return start_with(params, stream);
   });
 }
 

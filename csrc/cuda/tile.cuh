@@ -268,6 +268,32 @@ auto with_arithmetic(Type type, Precision precision, F f) {
   }
 }
 
+// f(a value of the storage type).
+template <class F>
+auto with_type(Type type, F f) {
+  switch (type) {
+    case Type::kFloat16:
+      return f(__half());
+    case Type::kBFloat16:
+      return f(__nv_bfloat16());
+    default:
+      return f(0.0f);
+  }
+}
+
+// f(the arithmetic of a product of T), chosen while the kernel runs: fewer kernels to compile than by
+// Arithmetic.
+template <class T, class F>
+__device__ __forceinline__ void with_op(bool tf32, F f) {
+  if constexpr (sizeof(T) == 2) {
+    f(Half<T>());
+  } else if (tf32) {
+    f(Tf32());
+  } else {
+    f(Float());
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Products of one warp
 
@@ -287,6 +313,7 @@ __device__ __forceinline__ void clear(Sums<Pairs>& sums) {
 template <class Op, int Pairs, class LeftMatrix, class RightMatrix>
 __device__ __forceinline__ void product(Sums<Pairs>& sums, LeftMatrix left, int row, RightMatrix right,
                                         int column, int depth, int pairs = Pairs) {
+#pragma unroll 1  // more would cost registers that the sums need
   for (int k = 0; k < depth; k += Op::kStep) {
     const typename Op::Left a = Op::left(left, row, k);
 #pragma unroll
