@@ -148,7 +148,7 @@ def shsa(
     norm_weight, norm_bias, qkv_weight, qkv_bias = _checked(x, qkv_weight, qkv_bias, norm_weight, norm_bias, qk_dim)
     if scale is None:
         scale = qk_dim**-0.5
-    return backends.choose(x, backend).shsa(
+    return backends.choose(x, backend, qkv_weight.shape[1], qk_dim).shsa(
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, *tf32(x)
     )
 
@@ -190,7 +190,7 @@ def partial_moments(
     _check_norm(norm_weight, norm_bias, pdim, x, dtype is not None)
     if dtype is not None:
         norm_weight, norm_bias = (t if t is None else t.to(dtype) for t in (norm_weight, norm_bias))
-    mean, cov = backends.choose(x, backend).partial_moments(x, norm_weight, norm_bias, pdim, norm_eps)
+    mean, cov = backends.choose(x, backend, pdim).partial_moments(x, norm_weight, norm_bias, pdim, norm_eps)
     return x.shape[0] * x.shape[2] * x.shape[3], mean, cov
 
 
@@ -238,4 +238,5 @@ def shsa_mixer(
     )
     if scale is None:
         scale = qk_dim**-0.5
-    return backends.choose(x, backend).shsa_mixer(x, *parameters, qk_dim, norm_eps, scale, *tf32(x))
+    chosen = backends.choose(x, backend, qkv_weight.shape[1], qk_dim)
+    return chosen.shsa_mixer(x, *parameters, qk_dim, norm_eps, scale, *tf32(x))

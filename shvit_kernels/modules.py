@@ -268,7 +268,7 @@ class SHSA(nn.Module):
                 relu=relu,
             )
         # The shapes of the parameters were checked by _foldable, so the backend is called without another look.
-        backend = backends.choose(x, None)
+        backend = backends.choose(x, None, self.pdim, self.qk_dim)
         settings = (self.scale, relu, *functional.tf32(x))
         if batch_statistics:
             y, mean, variance = backend.shsa_train(

@@ -30,6 +30,11 @@ def arguments(**changes) -> dict:
     return valid | changes
 
 
+def mixer_arguments(**changes) -> dict:
+    """A valid call of ``shsa_mixer``, changed."""
+    return arguments(proj_weight=torch.randn(C, C), proj_bias=torch.randn(C)) | changes
+
+
 def moments_arguments(**changes) -> dict:
     valid = {"x": torch.randn(2, C, 4, 4), "norm_weight": torch.ones(P), "norm_bias": torch.zeros(P), "pdim": P}
     return valid | changes
@@ -98,6 +103,32 @@ BAD_MOMENTS = {
     "backend_unknown": ({"backend": "cuba"}, ValueError, ["backend", "'cuba'", "known are"]),
 }
 
+BAD_MIXER = BAD_SHSA | {
+    "proj_weight_no_tensor": ({"proj_weight": None}, TypeError, ["proj_weight", "tensor [C, C]", "NoneType"]),
+    "proj_weight_of_a_convolution": (
+        {"proj_weight": torch.randn(C, C, 1, 1)},
+        ValueError,
+        ["proj_weight", "(14, 14)", "(14, 14, 1, 1)"],
+    ),
+    "proj_weight_of_the_partial_channels": (
+        {"proj_weight": torch.randn(P, P)},
+        ValueError,
+        ["proj_weight", "(14, 14)", "(10, 10)"],
+    ),
+    "proj_bias_too_short": ({"proj_bias": torch.randn(C - 1)}, ValueError, ["proj_bias", "(14,)", "(13,)"]),
+    "proj_bias_no_tensor": ({"proj_bias": 1.0}, TypeError, ["proj_bias", "tensor", "float"]),
+    "mixed_dtype_of_proj": (
+        {"proj_weight": torch.randn(C, C).double()},
+        TypeError,
+        ["proj_weight", "float64", "float32"],
+    ),
+    "mixed_device_of_proj": (
+        {"proj_bias": torch.randn(C, device="meta")},
+        ValueError,
+        ["proj_bias", "meta", "cpu"],
+    ),
+}
+
 
 def assert_refused(function, error: type[Exception], words: list[str]) -> None:
     with pytest.raises(error) as caught:
@@ -116,6 +147,11 @@ def test_shsa_refuses(changes, error, words):
 @pytest.mark.parametrize("changes, error, words", BAD_MOMENTS.values(), ids=BAD_MOMENTS.keys())
 def test_partial_moments_refuses(changes, error, words):
     assert_refused(lambda: functional.partial_moments(**moments_arguments(**changes)), error, words)
+
+
+@pytest.mark.parametrize("changes, error, words", BAD_MIXER.values(), ids=BAD_MIXER.keys())
+def test_shsa_mixer_refuses(changes, error, words):
+    assert_refused(lambda: functional.shsa_mixer(**mixer_arguments(**changes)), error, words)
 
 
 LAYER = shvit_kernels.SHSA
@@ -139,6 +175,7 @@ def test_valid_arguments_are_accepted():
     assert y.shape == (2, C, 4, 4)
     count, mean, cov = functional.partial_moments(**moments_arguments())
     assert (count, mean.shape, cov.shape) == (32, (P,), (P, P))
+    assert functional.shsa_mixer(**mixer_arguments()).shape == (2, C, 4, 4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
@@ -167,16 +204,23 @@ class Recorder:
 
     def __init__(self, name: str, reason: str | None = None):
         self.name, self.reason, self.calls = name, reason, 0
+        self.devices, self.most = ("cpu",), P
 
     def why_unavailable(self) -> str | None:
         return self.reason
 
-    def why_not(self, x: torch.Tensor) -> str | None:
-        return self.reason
+    def why_not(self, x: torch.Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
+        return self.reason if pdim <= self.most and qk_dim <= self.most else f"it takes {self.most} at most"
 
     def shsa(self, x: torch.Tensor, *_) -> torch.Tensor:
         self.calls += 1
         return x
+
+    shsa_mixer = shsa_eval = shsa
+
+    def partial_moments(self, x: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        return x, x
 
 
 @pytest.fixture
@@ -212,6 +256,32 @@ def test_named_backend_never_falls_back(recorders):
         pytest.raises(ValueError, match="'broken' cannot run this call: it is broken on purpose"),
     ):
         functional.shsa(**arguments())
+
+
+def test_a_backend_that_refuses_the_sizes_leaves_the_call_to_the_next(recorders):
+    calls = {
+        "shsa": lambda **named: functional.shsa(**arguments(), **named),
+        "partial_moments": lambda **named: functional.partial_moments(**moments_arguments(), **named),
+        "shsa_mixer": lambda **named: functional.shsa_mixer(**mixer_arguments(), **named),
+    }
+    for call in calls.values():
+        recorders["first"].most = P - 1
+        before = recorders["second"].calls
+        call()
+        assert recorders["second"].calls == before + 1
+        with pytest.raises(ValueError, match="backend 'first' cannot run this call: it takes 9 at most"):
+            call(backend="first")
+    layer, before = shvit_kernels.SHSA(C, D, P).eval(), recorders["second"].calls
+    with torch.no_grad():
+        layer(torch.randn(2, C, 4, 4))
+    assert recorders["second"].calls == before + 1
+    assert recorders["first"].calls == 0
+
+
+def test_a_backend_is_chosen_for_the_devices_that_it_names(recorders):
+    recorders["first"].devices = ("cuda",)
+    assert chosen(recorders) == "second"
+    assert chosen(recorders, backend="first") == "first"
 
 
 def test_use_backend_nests_and_ends(recorders):
@@ -283,12 +353,14 @@ def test_one_use_backend_in_two_threads(recorders):
 
 
 def test_use_backend_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown backend 'eagr': did you mean 'eager'\? known are 'cpu', 'eager'"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'eagr': did you mean 'eager'\? known are 'cuda', 'triton', 'cpu', 'eager'"
+    ):
         use_backend("eagr")
 
 
 def test_unknown_name_without_a_near_one():
-    with pytest.raises(ValueError, match="unknown backend 'zzz': known are 'cpu', 'eager'"):
+    with pytest.raises(ValueError, match="unknown backend 'zzz': known are 'cuda', 'triton', 'cpu', 'eager'"):
         functional.shsa(**arguments(backend="zzz"))
 
 

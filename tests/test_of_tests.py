@@ -80,7 +80,8 @@ def stand_in(monkeypatch):
     def put(**knobs) -> None:
         backend = types.SimpleNamespace(
             name="cpu",
-            why_not=lambda x: None,
+            devices=("cpu",),
+            why_not=lambda *_: None,
             shsa=partial(attend, knobs),
             partial_moments=partial(moments, knobs),
             shsa_eval=partial(evaluate, knobs),

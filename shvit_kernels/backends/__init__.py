@@ -3,8 +3,9 @@
 A backend is a module with
 
     name                                 what users write
+    devices                              types of the devices whose tensors automatic choice gives to it
     why_unavailable()                    None, or one sentence: why it cannot run on this machine
-    why_not(x)                           None, or one sentence: why it cannot run this call
+    why_not(x, pdim=1, qk_dim=1)         None, or one sentence: why it cannot run this call
     shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer
                                          the functions, as ``eager`` defines them, on validated arguments
 """
@@ -97,8 +98,8 @@ def chosen_name(name: str | None) -> str | None:
     return name or _override.name or _from_environment
 
 
-def choose(x: Tensor, name: str | None) -> ModuleType:
-    """The backend for a call on ``x``.
+def choose(x: Tensor, name: str | None, pdim: int = 1, qk_dim: int = 1) -> ModuleType:
+    """The backend for a call on ``x``; sizes that are not given are no obstacle.
 
     Raises:
         ValueError: if the name is unknown, or the named backend cannot run this call; the message says why.
@@ -107,17 +108,16 @@ def choose(x: Tensor, name: str | None) -> ModuleType:
     if named is not None:
         source = "backend" if name or _override.name else f"backend in {ENVIRONMENT_VARIABLE}"
         backend = get(named, source)
-        reason = backend.why_not(x)
+        reason = backend.why_not(x, pdim, qk_dim)
         if reason is not None:
             raise ValueError(f"backend {named!r} cannot run this call: {reason}")
         return backend
     if is_traced_to_aten():
         return eager
+    device = x.device.type
     for backend in BACKENDS.values():
-        if backend is triton and triton.INTERPRETED:  # for tests and debugging: by name only
-            continue
-        if backend.why_not(x) is None:
-            break
-    if backend is eager and x.is_cpu and native.why_unavailable() is not None and not torch.compiler.is_compiling():
+        if device in backend.devices and backend.why_not(x, pdim, qk_dim) is None:
+            return backend
+    if device == "cpu" and native.why_unavailable() is not None and not torch.compiler.is_compiling():
         _warn_of_missing_native(native.why_unavailable())
-    return backend
+    return eager

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import eager, native, operators
 
 name = "cpu"
+devices = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -16,7 +17,7 @@ def why_unavailable() -> str | None:
     return native.why_unavailable()
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
     if native._missing is not None:
         return native._missing
     if not x.is_cpu:

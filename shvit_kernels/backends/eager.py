@@ -11,13 +11,14 @@ from torch import Tensor
 from ..ops import memory_format, sum_dtype
 
 name = "eager"
+devices = ()
 
 
 def why_unavailable() -> None:
     return None
 
 
-def why_not(x: Tensor) -> None:
+def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> None:
     return None
 
 

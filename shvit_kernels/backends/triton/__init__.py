@@ -23,6 +23,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MODULES = ("forward", "moments", "backward", "train")
 _LEAST_CAPABILITY = (8, 0)
 
+devices = () if INTERPRETED else ("cuda",)
+
 _missing = None if find_spec("triton") else "the package triton is not installed"
 
 
@@ -47,6 +49,11 @@ def _why_not_on(device: int) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile would trace into what it asks the driver
+def _constant_why_not_on(device: int) -> str | None:
+    return _why_not_on(device)
+
+
 def why_unavailable() -> str | None:
     if _missing is not None or INTERPRETED:
         return _missing
@@ -55,11 +62,11 @@ def why_unavailable() -> str | None:
     return _why_not_on(torch.cuda.current_device())
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
     if _missing is not None:
         return _missing
     if x.is_cuda:
-        reason = None if INTERPRETED else _why_not_on(x.device.index)
+        reason = None if INTERPRETED else _constant_why_not_on(x.device.index)
     elif x.is_cpu and INTERPRETED:
         reason = None
     else:
