@@ -3,12 +3,8 @@
 import ctypes
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,14 +18,14 @@ pytestmark = cuda_hosted.needs_hosted
 SAMPLES = "tests/cuda_host/samples/samples.cu"
 
 
-def built_samples(name: str, **variables: str) -> Path:
+def built_samples(kind: str, name: str = "samples", **variables: str) -> Harness:
     runtime = " ".join(f"tests/cuda_host/{part}.cpp" for part in ("runtime", "races", "matrix"))
-    return cuda_hosted.build(name, KERNELS=SAMPLES, OTHERS=runtime, **variables)
+    return Harness(cuda_hosted.build(kind, name, KERNELS=SAMPLES, OTHERS=runtime, **variables))
 
 
 @pytest.fixture(scope="module")
 def samples() -> Harness:
-    return Harness(built_samples("samples"))
+    return built_samples("checked")
 
 
 BROKEN = re.search(r"enum Broken \{(.*?)\};", (ROOT / SAMPLES).read_text(), re.S).group(1)
@@ -301,7 +297,7 @@ def test_barriers_can_be_passed_over(samples, kernel, count):
 
 
 def test_without_the_assembly_of_the_context_switch():
-    harness = Harness(built_samples("samples_ucontext", LINK="-DCUDA_HOST_UCONTEXT"))
+    harness = built_samples("checked", "samples_ucontext", LINK="-DCUDA_HOST_UCONTEXT")
     for kernel in KERNELS.values():
         for _ in harness.thread_orders():
             result, truth = kernel(harness, "Nothing")
@@ -311,36 +307,18 @@ def test_without_the_assembly_of_the_context_switch():
     sum_rows(harness, "Nothing")
 
 
-# AddressSanitizer, in processes of their own
-
-
-def addresses_checked(*command: str) -> subprocess.CompletedProcess:
-    """Python with AddressSanitizer under it."""
-    sanitizer = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(sanitizer).is_absolute():
-        pytest.skip("g++ has no AddressSanitizer here")
-    environment = os.environ | {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+# AddressSanitizer
 
 
 @pytest.mark.parametrize(
     "broken, message",
-    [
-        ("Nothing", ""),
-        ("OneRowTooMany", "heap-buffer-overflow"),
-        ("PastSharedMemory", "use-after-poison"),
-    ],
+    [("Nothing", None), ("OneRowTooMany", "heap-buffer-overflow"), ("PastSharedMemory", "use-after-poison")],
 )
 def test_accesses_out_of_bounds_are_found(broken, message):
-    library = built_samples("samples_addresses", CHECKS=cuda_hosted.ADDRESS_CHECKS, LINK="-fsanitize=address")
-    script = f"""
+    result = cuda_hosted.with_addresses_checked(f"""
 from tests import test_cuda_host as t
-result, truth = t.sum_rows(t.Harness({str(library)!r}), {broken!r})
+result, truth = t.sum_rows(t.built_samples("addresses"), {broken!r})
 assert (result == truth).all()
-"""
-    result = addresses_checked("-c", script)
-    if broken == "Nothing":
-        assert result.returncode == 0, result.stderr
-    else:
-        assert result.returncode != 0
-        assert message in result.stderr and "samples.cu" in result.stderr
+""")
+    assert (result.returncode == 0) == (message is None), result.stderr
+    assert message is None or (message in result.stderr and "samples.cu" in result.stderr)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,9 +26,13 @@ FAMILY = "hosted"
 """The operators' family, and the name of the backend inside ``backend()``."""
 ORDERS = ("forward", "reverse", "odd_first", "interleaved", "random:1", "random:2")
 """Orders in which the blocks of a grid and, between barriers, the threads of a block run."""
-CHECKS = "-fsanitize=alignment,bounds,thread"
-"""Flags of the kernels: the harness takes the calls, races are looked for on demand."""
-ADDRESS_CHECKS = "-fsanitize=address,alignment,bounds"
+BUILDS = {
+    "checked": {"CHECKS": "-fsanitize=alignment,bounds,thread"},  # races are looked for on demand
+    "addresses": {"CHECKS": "-fsanitize=address,alignment,bounds", "LINK": "-fsanitize=address"},
+}
+"""The libraries that can be built, and how: the harness takes the calls of all checks but those of addresses."""
+BUILD = os.environ.get("SHVIT_HOSTED_BUILD", "checked")
+"""The library of this process; ``addresses`` in those of ``with_addresses_checked``."""
 
 
 def why_unavailable() -> str | None:
@@ -38,17 +43,18 @@ def why_unavailable() -> str | None:
 needs_hosted = pytest.mark.skipif(why_unavailable() is not None, reason=why_unavailable() or "")
 
 
-def build(name: str = FAMILY, **variables: str) -> Path:
-    """A library of tests/cuda_host/Makefile with these variables, brought up to date by one process at a time."""
-    out = ROOT / "build" / "cuda_hosted" / f"torch-{torch.__version__}" / name
+def build(kind: str, kernels: str = "kernels", **changes: str) -> Path:
+    """A library of tests/cuda_host/Makefile, brought up to date by one process at a time."""
+    out = ROOT / "build" / "cuda_hosted" / f"torch-{torch.__version__}" / f"{kernels}-{kind}"
     out.mkdir(parents=True, exist_ok=True)
     torch_directory = Path(torch.__file__).parent
-    variables = {"FAMILY": FAMILY, "CHECKS": CHECKS, "OUT": out.relative_to(ROOT), "TORCH": torch_directory} | variables
+    variables = {"FAMILY": FAMILY, "OUT": out.relative_to(ROOT), "TORCH": torch_directory} | BUILDS[kind] | changes
     command = ["make", "-f", "tests/cuda_host/Makefile", f"-j{os.cpu_count()}", "CXX=g++"]
     command += [f"{name}={value}" for name, value in variables.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     with open(out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the hosted CUDA kernels do not build:\n{result.stderr}")
     return out / "library.so"
@@ -118,7 +124,7 @@ class Harness:
 @cache
 def harness() -> Harness:
     """The harness under the operators of the family."""
-    path = build()
+    path = build(BUILD)
     ops.define(FAMILY)
     torch.ops.load_library(path)
     return Harness(path)
@@ -146,3 +152,13 @@ def backend() -> Iterator[Harness]:
 def thread_orders() -> Iterator[str]:
     """Every order of the threads in turn, set while its name is out."""
     return harness().thread_orders()
+
+
+def with_addresses_checked(code: str) -> subprocess.CompletedProcess:
+    """Python code in a process of its own with AddressSanitizer under it, and under the kernels that it loads."""
+    sanitizer = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(sanitizer).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer here")
+    environment = {"LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0", "SHVIT_HOSTED_BUILD": "addresses"}
+    environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
