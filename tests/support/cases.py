@@ -268,6 +268,25 @@ def eval_call(case: Case, batch_norm: str = "affine") -> Call:
     return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
 
 
+def mixer_call(case: Case) -> Call:
+    """``functional.shsa_mixer`` on the tensors of the case; a case without bias has none in the projection either."""
+    source = generator(case)
+    x = strided(case, source)
+    C = x.shape[1]
+    proj = {
+        "proj_weight": torch.randn(C, C, generator=source, dtype=torch.float64) / C**0.5,
+        "proj_bias": 0.2 * torch.randn(C, generator=source, dtype=torch.float64) if case.bias else None,
+    }
+    inputs = {"x": x, **parameters(case, source)}
+    inputs |= {k: t if t is None else t.to(case.parameter_dtype) for k, t in proj.items()}
+    dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
+
+    def function(**named) -> Results:
+        return {"y": functional.shsa_mixer(qk_dim=case.D, **named)}
+
+    return Call(function, inputs, {"y": dy}, autocast=case.autocast)
+
+
 def moments_call(case: Case) -> Call:
     """``functional.partial_moments`` on the tensors of the case."""
     source = generator(case)
