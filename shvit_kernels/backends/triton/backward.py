@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded, precision, row_maximum, split
-from .forward import affine, load_row, load_tokens, normalised, project, weight_tiles
 from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .projection import affine, load_row, project, weight_tiles
 from .tiles import Tiles, affine_tile, both, element, normal_tile, tile_tokens
+from .tokens import load_tokens, normalised
 
 MOST_SHORT_TOKENS = 64
 MOST_SHORT_CHANNELS = 128
@@ -280,6 +281,84 @@ def _dlogits(
 
 
 @triton.jit
+def _query_gradient(
+    hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, start, own_n, P, D, N, ld, dout_ld,
+    blocks, TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BATCH_NORM: tl.constexpr, ATTN: tl.constexpr,
+):  # fmt: skip
+    own = own_n < N
+    own_rows = start + own_n
+    oq = tl.arange(0, DP)
+    q = _staged(hats, own_rows, oq, D, own, ld, bn_weight, bn_bias)
+    highest = tl.load(row_max + own_rows, own, 0.0)
+    total = tl.load(row_sum + own_rows, own, 1.0)
+    d = tl.load(delta + own_rows, own, 0.0)
+    dq = tl.zeros([TOKENS, DP], tl.float32)
+    for block in range(blocks):
+        n = block * TOKENS + tl.arange(0, TOKENS)
+        pairs = own[:, None] & (n < N)[None, :]
+        k = _staged(hats, start + n, D + oq, 2 * D, n < N, ld, bn_weight, bn_bias)
+        p = _probabilities(q, k, highest, total, scale, pairs, ATTN)
+        dlogits = _dlogits(
+            p, dout, hats, bn_weight, bn_bias, d, own_rows, start + n, own, n < N, pairs, D, P, ld, dout_ld,
+            BP, ONE_BLOCK, ATTN,
+        )  # fmt: skip
+        dq = dot(dlogits, k, ATTN, dq)
+    _leave_staged(dq * scale, hats, dqkv, sums, own_rows, oq, D, own, ld, 2 * D + P, BATCH_NORM)
+
+
+@triton.jit
+def _key_gradient(
+    hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, start, own_n, P, D, N, ld, dout_ld,
+    blocks, TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BATCH_NORM: tl.constexpr, ATTN: tl.constexpr,
+):  # fmt: skip
+    own = own_n < N
+    own_rows = start + own_n
+    ok = D + tl.arange(0, DP)
+    k = _staged(hats, own_rows, ok, 2 * D, own, ld, bn_weight, bn_bias)
+    dk = tl.zeros([TOKENS, DP], tl.float32)
+    for block in range(blocks):
+        n = block * TOKENS + tl.arange(0, TOKENS)
+        rows = start + n
+        query = n < N
+        pairs = query[:, None] & own[None, :]
+        q = _staged(hats, rows, tl.arange(0, DP), D, query, ld, bn_weight, bn_bias)
+        highest = tl.load(row_max + rows, query, 0.0)
+        p = _probabilities(q, k, highest, tl.load(row_sum + rows, query, 1.0), scale, pairs, ATTN)
+        d = tl.load(delta + rows, query, 0.0)
+        dlogits = _dlogits(
+            p, dout, hats, bn_weight, bn_bias, d, rows, own_rows, query, own, pairs, D, P, ld, dout_ld,
+            BP, ONE_BLOCK, ATTN,
+        )  # fmt: skip
+        dk = dot(dlogits.trans(), q, ATTN, dk)
+    _leave_staged(dk * scale, hats, dqkv, sums, own_rows, ok, 2 * D, own, ld, 2 * D + P, BATCH_NORM)
+
+
+@triton.jit
+def _value_gradient(
+    hats, dout, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, start, own_n, first, P, D, N, ld, dout_ld,
+    blocks, TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, BATCH_NORM: tl.constexpr, ATTN: tl.constexpr,
+):  # fmt: skip
+    own = own_n < N
+    own_rows = start + own_n
+    c = first + tl.arange(0, BP)
+    k = _staged(hats, own_rows, D + tl.arange(0, DP), 2 * D, own, ld, bn_weight, bn_bias)
+    dv = tl.zeros([TOKENS, BP], tl.float32)
+    for block in range(blocks):
+        n = block * TOKENS + tl.arange(0, TOKENS)
+        rows = start + n
+        query = n < N
+        pairs = query[:, None] & own[None, :]
+        q = _staged(hats, rows, tl.arange(0, DP), D, query, ld, bn_weight, bn_bias)
+        highest = tl.load(row_max + rows, query, 0.0)
+        p = _probabilities(q, k, highest, tl.load(row_sum + rows, query, 1.0), scale, pairs, ATTN)
+        d = tl.load(dout + rows[:, None] * dout_ld + c[None, :], both(query, c, P), 0.0)
+        dv = dot(p.to(d.dtype).trans(), d, ATTN, dv)
+    _leave_staged(dv, hats, dqkv, sums, own_rows, 2 * D + c, 2 * D + P, own, ld, 2 * D + P, BATCH_NORM)
+
+
+@triton.jit
 def _attend_long(
     hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, P, D, N, ld, dout_ld, blocks,
     TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, ONE_BLOCK: tl.constexpr, BATCH_NORM: tl.constexpr,
@@ -288,62 +367,24 @@ def _attend_long(
     """dq of a block of queries, dk of a block of keys, or some columns of its dv."""
     tile = tl.program_id(0)
     role = tl.program_id(1)
-    O = 2 * D + P
     start = (tile // blocks).to(tl.int64) * N
-    own_n = tile % blocks * TOKENS + tl.arange(0, TOKENS)
-    own = own_n < N
-    own_rows = start + own_n
-    oq = tl.arange(0, DP)
-    ok = D + tl.arange(0, DP)
-    to = sums + tile.to(tl.int64) * (2 if BATCH_NORM else 1) * O
+    n = tile % blocks * TOKENS + tl.arange(0, TOKENS)
+    to = sums + tile.to(tl.int64) * (2 if BATCH_NORM else 1) * (2 * D + P)
     if role == 0:
-        q = _staged(hats, own_rows, oq, D, own, ld, bn_weight, bn_bias)
-        highest = tl.load(row_max + own_rows, own, 0.0)
-        total = tl.load(row_sum + own_rows, own, 1.0)
-        d = tl.load(delta + own_rows, own, 0.0)
-        dq = tl.zeros([TOKENS, DP], tl.float32)
-        for block in range(blocks):
-            n = block * TOKENS + tl.arange(0, TOKENS)
-            rows = start + n
-            pairs = own[:, None] & (n < N)[None, :]
-            k = _staged(hats, rows, ok, 2 * D, n < N, ld, bn_weight, bn_bias)
-            p = _probabilities(q, k, highest, total, scale, pairs, ATTN)
-            dlogits = _dlogits(
-                p, dout, hats, bn_weight, bn_bias, d, own_rows, rows, own, n < N, pairs, D, P, ld, dout_ld,
-                BP, ONE_BLOCK, ATTN,
-            )  # fmt: skip
-            dq = dot(dlogits, k, ATTN, dq)
-        _leave_staged(dq * scale, hats, dqkv, to, own_rows, oq, D, own, ld, O, BATCH_NORM)
+        _query_gradient(
+            hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, to, scale, start, n, P, D, N, ld, dout_ld,
+            blocks, TOKENS, DP, BP, ONE_BLOCK, BATCH_NORM, ATTN,
+        )  # fmt: skip
     elif role == 1:
-        k = _staged(hats, own_rows, ok, 2 * D, own, ld, bn_weight, bn_bias)
-        dk = tl.zeros([TOKENS, DP], tl.float32)
-        for block in range(blocks):
-            n = block * TOKENS + tl.arange(0, TOKENS)
-            rows = start + n
-            pairs = (n < N)[:, None] & own[None, :]
-            q = _staged(hats, rows, oq, D, n < N, ld, bn_weight, bn_bias)
-            highest = tl.load(row_max + rows, n < N, 0.0)
-            p = _probabilities(q, k, highest, tl.load(row_sum + rows, n < N, 1.0), scale, pairs, ATTN)
-            dlogits = _dlogits(
-                p, dout, hats, bn_weight, bn_bias, tl.load(delta + rows, n < N, 0.0), rows, own_rows, n < N, own,
-                pairs, D, P, ld, dout_ld, BP, ONE_BLOCK, ATTN,
-            )  # fmt: skip
-            dk = dot(dlogits.trans(), q, ATTN, dk)
-        _leave_staged(dk * scale, hats, dqkv, to, own_rows, ok, 2 * D, own, ld, O, BATCH_NORM)
+        _key_gradient(
+            hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, to, scale, start, n, P, D, N, ld, dout_ld,
+            blocks, TOKENS, DP, BP, ONE_BLOCK, BATCH_NORM, ATTN,
+        )  # fmt: skip
     else:
-        c = (role - 2) * BP + tl.arange(0, BP)
-        k = _staged(hats, own_rows, ok, 2 * D, own, ld, bn_weight, bn_bias)
-        dv = tl.zeros([TOKENS, BP], tl.float32)
-        for block in range(blocks):
-            n = block * TOKENS + tl.arange(0, TOKENS)
-            rows = start + n
-            pairs = (n < N)[:, None] & own[None, :]
-            q = _staged(hats, rows, oq, D, n < N, ld, bn_weight, bn_bias)
-            highest = tl.load(row_max + rows, n < N, 0.0)
-            p = _probabilities(q, k, highest, tl.load(row_sum + rows, n < N, 1.0), scale, pairs, ATTN)
-            d = tl.load(dout + rows[:, None] * dout_ld + c[None, :], both(n < N, c, P), 0.0)
-            dv = dot(p.to(d.dtype).trans(), d, ATTN, dv)
-        _leave_staged(dv, hats, dqkv, to, own_rows, 2 * D + c, O, own, ld, O, BATCH_NORM)
+        _value_gradient(
+            hats, dout, row_max, row_sum, bn_weight, bn_bias, dqkv, to, scale, start, n, (role - 2) * BP, P, D, N, ld,
+            dout_ld, blocks, TOKENS, DP, BP, BATCH_NORM, ATTN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -378,47 +419,72 @@ def _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, 
 
 
 @triton.jit
+def _weight_part(
+    program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, mean, rstd, norm_weight, norm_bias, dweight_parts,
+    B, P, N, O, ld, blocks, tiles, steps, X1_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr,
+    BO: tl.constexpr, BP: tl.constexpr, PROJ: tl.constexpr,
+):  # fmt: skip
+    """What ``steps`` tiles add to a block of the weight's gradient."""
+    o_blocks = tl.cdiv(O, BO)
+    p_blocks = tl.cdiv(P, BP)
+    part = program // (o_blocks * p_blocks)
+    o = program // p_blocks % o_blocks * BO + tl.arange(0, BO)
+    c = program % p_blocks * BP + tl.arange(0, BP)
+    dweight = tl.zeros([BO, BP], tl.float32)
+    for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
+        first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+        offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
+        d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+        z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
+        z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
+        dweight = dot(d.trans(), z.to(d.dtype), PROJ, dweight)
+    to = dweight_parts + part.to(tl.int64) * O * P + o[:, None] * P + c[None, :]
+    tl.store(to, dweight, both(o < O, c, P))
+
+
+@triton.jit
+def _input_tile(
+    program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, weight, tile_sums,
+    dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr,
+    PITCH: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+):  # fmt: skip
+    """dz of some channels of a tile, and what follows from it."""
+    chunks = tl.cdiv(P, BP)
+    tile = program // chunks
+    start = program % chunks * BP
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    c = start + tl.arange(0, BP)
+    dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
+    for inner in range(0, O, BK):
+        o = inner + tl.arange(0, BK)
+        offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
+        d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+        w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
+        dz = dot(d, w.to(d.dtype), PROJ, dz)
+    finish_input_gradient(
+        dz, x1, dx, mean, rstd, norm_weight, tile_sums, dnorm_parts, tile, first, image, n, valid, start,
+        C, P, N, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, STAGE,
+    )  # fmt: skip
+
+
+@triton.jit
 def _through_projection(
     dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, norm_bias, weight, dweight_parts,
     tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, tiles, steps, weight_programs,
     X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BP: tl.constexpr,
     BK: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
 ):  # fmt: skip
-    """A part of the weight's gradient, or dz of a tile and what follows from it."""
     program = tl.program_id(0)
-    dtype = x1.dtype.element_ty
     if program < weight_programs:
-        o_blocks = tl.cdiv(O, WEIGHT_O)
-        p_blocks = tl.cdiv(P, WEIGHT_P)
-        part = program // (o_blocks * p_blocks)
-        o = program // p_blocks % o_blocks * WEIGHT_O + tl.arange(0, WEIGHT_O)
-        c = program % p_blocks * WEIGHT_P + tl.arange(0, WEIGHT_P)
-        dweight = tl.zeros([WEIGHT_O, WEIGHT_P], tl.float32)
-        for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
-            first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-            offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
-            d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
-            z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
-            z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
-            dweight = dot(d.trans(), z.to(dtype), PROJ, dweight)
-        to = dweight_parts + part.to(tl.int64) * O * P + o[:, None] * P + c[None, :]
-        tl.store(to, dweight, both(o < O, c, P))
+        _weight_part(
+            program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, mean, rstd, norm_weight, norm_bias,
+            dweight_parts, B, P, N, O, ld, blocks, tiles, steps, X1_LAST, IMAGES, PITCH, WEIGHT_O, WEIGHT_P, PROJ,
+        )  # fmt: skip
     else:
-        chunks = tl.cdiv(P, BP)
-        tile = (program - weight_programs) // chunks
-        start = (program - weight_programs) % chunks * BP
-        first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-        c = start + tl.arange(0, BP)
-        dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
-        for inner in range(0, O, BK):
-            o = inner + tl.arange(0, BK)
-            offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
-            d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
-            w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
-            dz = dot(d, w.to(dtype), PROJ, dz)
-        finish_input_gradient(
-            dz, x1, dx, mean, rstd, norm_weight, tile_sums, dnorm_parts, tile, first, image, n, valid, start,
-            C, P, N, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, STAGE,
+        _input_tile(
+            program - weight_programs, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight,
+            weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BK, STAGE,
+            PROJ,
         )  # fmt: skip
 
 

@@ -30,3 +30,20 @@ MEASURED: dict[str, dict[Shape, NamedTuple]] = {
 def short(P: int, N: int, itemsize: int) -> Short:
     rule = Short(images=1, warps=2 if N <= 16 else 4, copied=16384 // itemsize)
     return MEASURED["short"].get((P, N, itemsize), rule)
+
+
+class Tiled(NamedTuple):
+    """How ``tiled.attend_tiled``, ``stage`` and ``measure`` are launched."""
+
+    queries: int
+    keys: int
+    channels: int
+    """Of x in one step of the projection."""
+    warps: int
+    copied: int
+
+
+def tiled(itemsize: int) -> Tiled:
+    if itemsize == 2:
+        return Tiled(queries=64, keys=64, channels=32, warps=4, copied=8192)
+    return Tiled(queries=32, keys=16, channels=16, warps=4, copied=4096)
