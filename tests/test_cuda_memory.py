@@ -1,0 +1,124 @@
+"""What the CUDA kernels do to memory, in the hosted tier: bounds, races, barriers, and what nobody wrote."""
+
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+
+from tests.support import cuda_hosted
+from tests.support.cases import Case, eval_call, mixer_call, moments_call, named, shsa_call, train_call
+from tests.support.numerics import Call, Results
+
+pytestmark = cuda_hosted.needs_hosted
+
+HALF, BFLOAT16 = torch.float16, torch.bfloat16
+CASES = named(
+    [
+        Case(P=66, dtype=HALF),
+        Case(P=72, N=64, dtype=BFLOAT16, layout="channels_last"),
+        Case(P=75, dtype=torch.float32, relu=False),
+        Case(P=96, N=16, B=5, dtype=HALF),
+        Case(P=48, N=16, B=6, layout="channels_last"),
+        Case(P=7, D=1, N=1, B=3, dtype=BFLOAT16, bias=False),
+        Case(P=68, D=24, N=196, dtype=HALF, norm="none", beyond=0),
+        Case(P=48, N=257, B=1, dtype=BFLOAT16),
+        Case(P=75, D=8, N=300, B=1, layout="channels_last", norm="weight"),
+        Case(P=130, D=64, N=196, B=1),  # does not fit into the shared memory of a block
+    ]
+)
+OPERATORS = {
+    "shsa": (shsa_call, None),
+    "moments": (moments_call, None),
+    "train": (train_call, None),
+    "eval": (eval_call, ()),  # with gradients these two are others
+    "mixer": (mixer_call, ()),
+}
+each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+@contextmanager
+def filled_with_nan():
+    """Inside, fresh tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@cache
+def call(operator: str, case: str) -> Call:
+    return OPERATORS[operator][0](CASES[case])
+
+
+def run(operator: str, case: str) -> Results:
+    return call(operator, case).run("hosted", OPERATORS[operator][1])
+
+
+@pytest.fixture(autouse=True)
+def harness():
+    with cuda_hosted.backend() as harness, filled_with_nan():
+        yield harness
+
+
+@each_case
+@each_operator
+def test_the_order_of_threads_and_blocks_changes_no_bit(harness, operator, case):
+    results = [run(operator, case) for _ in harness.thread_orders()]
+    assert all(t.isfinite().all() for t in results[0].values()), "memory that nobody wrote was used"
+    for other in results[1:]:
+        for name, t in other.items():
+            assert torch.equal(t, results[0][name]), name
+
+
+@each_case
+@each_operator
+def test_no_races(harness, operator, case):
+    with harness.finding_races():
+        for order in ("forward", "random:3"):
+            harness.set_thread_order(order)
+            run(operator, case)
+    harness.set_thread_order("forward")
+
+
+def is_noticed(operator: str, case: str) -> bool:
+    try:
+        run(operator, case)
+    except RuntimeError as error:
+        assert "race" in str(error)
+        return True
+    return False
+
+
+@each_operator
+def test_each_barrier_is_missed(harness, operator):
+    """Without any one of them there is a race in some case."""
+    met = {}
+    for case in CASES:
+        with harness.recorded_barriers() as barriers:
+            run(operator, case)
+        for barrier in barriers:
+            met.setdefault(barrier, []).append(case)
+    unnoticed = []
+    for barrier, cases in met.items():
+        with harness.without(barrier), harness.finding_races():
+            if not any(is_noticed(operator, case) for case in cases):
+                unnoticed.append(barrier)
+    assert met and not unnoticed
+
+
+@each_operator
+def test_accesses_stay_in_bounds(operator):
+    cuda_hosted.build("addresses")
+    result = cuda_hosted.with_addresses_checked(f"""
+import torch
+from tests import test_cuda_memory as t
+from tests.support import cuda_hosted
+with cuda_hosted.backend():
+    for case in t.CASES:
+        print(case, flush=True)
+        t.run({operator!r}, case)
+""")
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
