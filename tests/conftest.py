@@ -7,6 +7,7 @@ import torch
 
 from shvit_kernels.backends import native
 from tests.support import native as native_tier
+from tests.support import triton_tier
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +31,17 @@ def _native_tier() -> list[str]:
     return lines
 
 
+def _triton_compiled_tier(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    properties = [p for report in reports if report.when == "call" for p in report.user_properties]
+    results = [value for name, value in properties if name == triton_tier.PROPERTY]
+    if not results:
+        return ["triton-compiled: not run"]
+    heading = "triton-compiled: most registers / KiB of shared memory of each kernel"
+    return [heading, *triton_tier.lines(results)]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tiers")
-    for line in _native_tier():
+    for line in [*_native_tier(), *_triton_compiled_tier(terminalreporter)]:
         terminalreporter.write_line(line)

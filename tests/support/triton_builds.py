@@ -1,0 +1,229 @@
+"""Builds the Triton kernels for a device that need not be there, and reports what they use.
+
+    TRITON_INTERPRET=0 python -m tests.support.triton_builds TARGET FILE
+
+The operators are called on tensors without memory (device "meta"), and what they launch is compiled instead: so that
+signatures, launch parameters and the table are those of the real calls. Writes a JSON list of :class:`Build`.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from shvit_kernels.backends import triton as backend
+from shvit_kernels.backends.triton import table
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+B, QK_DIM, EPS = 256, 16, 1e-5
+STAGES = ((224, 48, 7), (320, 68, 4), (308, 66, 7), (448, 96, 4), (352, 75, 7), (336, 72, 8))
+
+
+@dataclass
+class Build:
+    operator: str
+    case: str
+    kernel: str
+    error: str = ""
+    registers: int = 0
+    spilled: int = 0
+    """Bytes of local memory a thread, whatever for."""
+    shared: int = 0
+    """Bytes a block."""
+    keeping: int = 0
+    """Maxima of floating-point numbers that keep NaN."""
+    dropping: int = 0
+    """Those that drop it."""
+    seconds: float = 0.0
+
+
+class Device(DriverBase):
+    """A device that kernels are compiled for and cannot run on."""
+
+    def __init__(self, target: GPUTarget):
+        super().__init__()
+        self.target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def usage(kernel) -> dict[str, int]:
+    """Registers and local memory of a thread, and the shared memory of a block."""
+    if "amdgcn" in kernel.asm:
+        found = {k: int(v) for k, v in re.findall(r"\.(\w+): +(\d+)$", kernel.asm["amdgcn"], re.MULTILINE)}
+        registers, spilled = found["vgpr_count"], found["private_segment_fixed_size"] + 4 * found["vgpr_spill_count"]
+    else:
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [cuobjdump, "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        registers, spilled = found["REG"], found["STACK"] + found["LOCAL"]
+    return {"registers": registers, "spilled": spilled, "shared": kernel.metadata.shared}
+
+
+def maxima(kernel) -> dict[str, int]:
+    """How many keep NaN and how many drop it; in PTX each is an instruction, elsewhere Triton's own code says so."""
+    if "ptx" in kernel.asm:
+        found = re.findall(r"\b(?:max|min)\.\S*(?:f16|bf16|f32)\S*", kernel.asm["ptx"])
+        keeping = sum(".NaN" in instruction for instruction in found)
+        return {"keeping": keeping, "dropping": len(found) - keeping}
+    # arith.maximumf, arith.maxnumf
+    keeping, dropping = (len(re.findall(rf"arith\.m(?:ax|in){kind}f", kernel.asm["ttir"])) for kind in ("imum", "num"))
+    return {"keeping": keeping, "dropping": dropping}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tensors and settings of the operators' calls."""
+
+    C: int
+    P: int
+    height: int
+    width: int
+    dtype: torch.dtype = torch.float16
+    D: int = QK_DIM
+    layout: torch.memory_format = torch.contiguous_format
+    norm: bool = True
+    tf32: bool = False
+    operators: tuple[str, ...] | None = None
+    """By default all."""
+
+    def __str__(self) -> str:
+        words = [f"{self.C}+{self.P}+{self.D} {self.height}x{self.width}", str(self.dtype).removeprefix("torch.")]
+        words += ["channels_last"] * (self.layout == torch.channels_last) + ["no norm"] * (not self.norm)
+        return " ".join(words + ["tf32"] * self.tf32)
+
+
+def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
+    """Arguments of each operator; those of a backward come from its forward, which is called for them."""
+    P, D = case.P, case.D
+    O = 2 * D + P
+
+    def new(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def image(channels: int) -> Tensor:
+        return new(B, channels, case.height, case.width).contiguous(memory_format=case.layout)
+
+    def like(results: tuple[Tensor, ...]) -> list[Tensor]:
+        return [torch.empty_like(t) for t in results]
+
+    x, x1 = image(case.C), image(P)
+    norm = (new(P), new(P)) if case.norm else (None, None)
+    weight, vector = new(O, P), new(O)
+    settings = D**-0.5, True, case.tf32, case.tf32
+    short = D, EPS, *settings
+    long = D, EPS, EPS, *settings
+    forward = (x, *norm, weight, vector, *short)
+    yield "shsa_eval", (x, *norm, weight, None, *(vector,) * 4, *long)
+    yield "shsa_mixer", (x, *norm, weight, vector, new(case.C, case.C), new(case.C), *short[:3], *settings[2:])
+    yield "shsa_forward", forward
+    if case.operators is not None:
+        return
+    y, *saved = operators["shsa_forward"](*forward)
+    yield "shsa_backward", (y, x1, y, *saved, *norm, weight, vector, *short, [True] * 5)
+    moments = x, *norm, P, EPS
+    yield "partial_moments_forward", moments
+    mean, cov, *of_images = like(operators["partial_moments_forward"](*moments))
+    yield "partial_moments_backward", (mean, cov, x1, mean, *of_images, *norm, case.C, [True] * 3)
+    train = x, *norm, weight, vector, vector, *long
+    yield "shsa_train_forward", train
+    results = operators["shsa_train_forward"](*train)
+    yield "shsa_train_backward", (y, *results, *norm, weight, vector, vector, *long, [True] * 6)
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every entry of the table on every target; every kernel on every target; every type and layout on one."""
+    short = "shsa_eval", "shsa_mixer"
+    entries = {key for entries in table.MEASURED.values() for key in entries}
+    for C, P, side in STAGES:
+        for dtype in (torch.float16, torch.float32):
+            if dtype == torch.float16 or (P, side * side, dtype.itemsize) in entries:
+                yield Case(C, P, side, side, dtype, operators=short)
+    yield Case(336, 72, 8, 8)
+    yield Case(336, 72, 25, 42)
+    yield Case(352, 75, 7, 7, torch.float32)
+    if target == "sm_90":
+        yield Case(336, 72, 25, 42, torch.float32)
+        yield Case(352, 75, 7, 7, torch.float32, tf32=True)
+        yield Case(448, 96, 4, 4, torch.bfloat16, layout=torch.channels_last)
+        yield Case(448, 96, 25, 42, torch.bfloat16, layout=torch.channels_last)
+        yield Case(336, 72, 14, 14, torch.bfloat16, norm=False)
+        yield Case(200, 130, 16, 16, D=64)
+
+
+def build(target: str) -> list[Build]:
+    triton.runtime.driver.set_active(Device(TARGETS[target]))
+    torch.cuda.current_device = lambda: None  # the index of device "meta"
+    modules = [import_module(f"{backend.__name__}.{name}") for name in backend._MODULES]
+    operators = {name: function for module in modules for name, function in module.OPERATORS.items()}
+    builds: dict[str, Build] = {}
+    run = JITFunction.run
+    what: list[str] = []
+
+    def compiled(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            key, found = f"{what} {self.__name__}", {"error": f"{type(error).__name__}: {error}"}
+        else:
+            if kernel.hash in builds:
+                return
+            key, found = kernel.hash, usage(kernel) | maxima(kernel)
+        seconds = time.perf_counter() - start
+        builds.setdefault(key, Build(*what, self.__name__, **found, seconds=seconds))
+
+    JITFunction.run = compiled
+    for case in cases(target):
+        for name, arguments in calls(case, operators):
+            if name in operators and (case.operators is None or name in case.operators):
+                what[:] = name, str(case)
+                operators[name](*arguments)
+    return list(builds.values())
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps([asdict(b) for b in build(sys.argv[1])]))
