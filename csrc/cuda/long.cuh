@@ -46,29 +46,14 @@ class Workspace {
   size_t used_ = 0;
 };
 
-// One matrix product's storage type and arithmetic.
-template <class T_, class Op_>
-struct Operation {
-  using T = T_;
-  using Op = Op_;
-};
-
-// f(Operation) for the precision of the product.
+// f(the arithmetic of a product of T), chosen before the launch.
 template <class T, class F>
-const char* with_operation_of(bool tf32, F f) {
+const char* with_op_of_launch(bool tf32, F f) {
   if constexpr (sizeof(T) == 2) {
-    return f(Operation<T, Half<T>>());
+    return f(Half<T>());
   } else {
-    return tf32 ? f(Operation<T, Tf32>()) : f(Operation<T, Float>());
+    return tf32 ? f(Tf32()) : f(Float());
   }
-}
-
-// The same for a type of tensors.
-template <class F>
-const char* with_operation(Type type, bool tf32, F f) {
-  if (type == Type::kFloat16) return with_operation_of<__half>(tf32, f);
-  if (type == Type::kBFloat16) return with_operation_of<__nv_bfloat16>(tf32, f);
-  return with_operation_of<float>(tf32, f);
 }
 
 inline const char* grid_of(int64_t blocks, dim3& grid) {
@@ -90,6 +75,10 @@ struct PartStatistics {
 __host__ __device__ inline int64_t statistics_parts(const Sizes& s) {
   return (static_cast<int64_t>(s.P) * s.N + kPartValues - 1) / kPartValues;
 }
+
+// statistics.cu: of all images [B, C, N], their first P channels.
+const char* measure_images(const void* x, const Sizes& s, bool channels_last, PartStatistics* parts, Type type,
+                           void* stream);
 
 // The statistics of an image from its parts, by one warp.
 __device__ __forceinline__ Statistics merge_statistics(const PartStatistics* parts, const Sizes& s, float eps) {
@@ -158,10 +147,13 @@ __device__ void load_weight_rows(const Sizes& s, const T* weight, int columns, T
   }
 }
 
-// f(token) for the tokens of a tile, by four neighbouring lanes each.
+// f(token, n) for the tokens of a tile, by four neighbouring lanes each; n counts a lane's tokens.
+constexpr int kTokensAtOnce = kStageThreads / 4;
+
 template <class F>
 __device__ __forceinline__ void for_each_token(F f) {
-  for (int token = warp_index() * 8 + lane_index() / 4; token < kTokens; token += blockDim.x / 4) f(token);
+#pragma unroll
+  for (int n = 0; n < kTokens / kTokensAtOnce; ++n) f(n * kTokensAtOnce + static_cast<int>(threadIdx.x) / 4, n);
 }
 
 // kValues neighbouring channels of a token, of a tile in shared memory.
@@ -252,7 +244,7 @@ __device__ void stage_tile(const ShsaForwardParams& p, const PartStatistics* par
   }
 
   if (!staged.z) return;
-  for_each_token([&](int token) {
+  for_each_token([&](int token, int) {
     T* to = staged.z + (first_row + token) * staging.P;
     constexpr int kValues = Chunk<T>::kValues;
     for (int channel = lane_index() % 4 * kValues; channel < staging.P; channel += 4 * kValues)

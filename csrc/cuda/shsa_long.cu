@@ -25,34 +25,6 @@ namespace shvit::cuda {
 
 namespace {
 
-template <bool ChannelsLast, class T>
-__global__ void __launch_bounds__(kPartThreads) statistics_kernel(const T* x, Sizes s, PartStatistics* parts) {
-  float* scratch = ptx::shared_memory<float>();
-  const Group group = whole_block();
-  const int64_t of_image = statistics_parts(s), count = static_cast<int64_t>(s.P) * s.N;
-  const int64_t image = blockIdx.x / of_image, part = blockIdx.x % of_image;
-  const int values = static_cast<int>(min(static_cast<int64_t>(kPartValues), count - part * kPartValues));
-  const T* from = x + image * s.C * s.N;
-  float mine[kPartValuesEach], sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPartValuesEach; ++i) {
-    const int value = i * kPartThreads + group.rank;
-    const int64_t index = part * kPartValues + value;
-    const int64_t place = ChannelsLast ? index / s.P * s.C + index % s.P : index;
-    mine[i] = value < values ? to_float(from[place]) : 0.0f;
-    sum += mine[i];
-  }
-  const float mean = group_sum(group, sum, scratch) / static_cast<float>(values);
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPartValuesEach; ++i) {
-    const float centred = mine[i] - mean;
-    squares += i * kPartThreads + group.rank < values ? centred * centred : 0.0f;
-  }
-  squares = group_sum(group, squares, scratch + kPartThreads / kWarp);
-  if (group.rank == 0) parts[blockIdx.x] = {mean, squares};
-}
-
 template <class Op, bool ChannelsLast, class T>
 __global__ void __launch_bounds__(kStageThreads)
     stage_kernel(ShsaForwardParams p, const PartStatistics* parts, Staged<T> staged) {
@@ -357,22 +329,21 @@ const char* attend(const ShsaForwardParams& p, const Staged<T>& staged, void* st
                 Staged<const T>{staged.q, staged.ld_q, staged.kv, nullptr});
 }
 
-template <bool ChannelsLast>
+template <bool ChannelsLast, class T>
 const char* run(const ShsaForwardParams& p, void* memory, Type type, void* stream) {
-  return with_operation(type, p.precision.tf32_proj, [&](auto projection) -> const char* {
-    using T = typename decltype(projection)::T;
-    const ForwardWorkspace<T> workspace(memory, p.sizes);
-    const Staged<T> staged = {workspace.q, padded(p.sizes.D), workspace.kv, nullptr};
-    if (p.norm_weight && !p.statistics_given)
-      if (const char* error = measure_images(p.x, p.sizes, ChannelsLast, workspace.parts, type, stream))
-        return error;
-    const char* error =
-        stage<typename decltype(projection)::Op, ChannelsLast>(p, workspace.parts, staged, stream);
-    if (error) return error;
-    return with_operation_of<T>(p.precision.tf32_attn, [&](auto attention) {
-      using Op = typename decltype(attention)::Op;
-      return p.sizes.P <= 96 ? attend<Op, 6, 1>(p, staged, stream) : attend<Op, 8, 2>(p, staged, stream);
-    });
+  const ForwardWorkspace<T> workspace(memory, p.sizes);
+  const Staged<T> staged = {workspace.q, padded(p.sizes.D), workspace.kv, nullptr};
+  const char* error = nullptr;
+  if (p.norm_weight && !p.statistics_given)
+    error = measure_images(p.x, p.sizes, ChannelsLast, workspace.parts, type, stream);
+  if (error) return error;
+  error = with_op_of_launch<T>(p.precision.tf32_proj, [&](auto op) {
+    return stage<decltype(op), ChannelsLast>(p, workspace.parts, staged, stream);
+  });
+  if (error) return error;
+  return with_op_of_launch<T>(p.precision.tf32_attn, [&](auto op) {
+    using Op = decltype(op);
+    return p.sizes.P <= 96 ? attend<Op, 6, 1>(p, staged, stream) : attend<Op, 8, 2>(p, staged, stream);
   });
 }
 
@@ -385,8 +356,11 @@ size_t shsa_long_forward_workspace(const Sizes& sizes, Type type) {
 
 const char* shsa_long_forward(const ShsaForwardParams& params, void* workspace, Type type, void* stream) {
   if (params.sizes.B == 0) return nullptr;
-  return params.channels_last ? run<true>(params, workspace, type, stream)
-                              : run<false>(params, workspace, type, stream);
+  return with_type(type, [&](auto value) {
+    using T = decltype(value);
+    return params.channels_last ? run<true, T>(params, workspace, type, stream)
+                                : run<false, T>(params, workspace, type, stream);
+  });
 }
 
 }  // namespace shvit::cuda
