@@ -32,7 +32,6 @@ BATCH = 256
 QK_DIM = 16
 STAGES = ((224, 48, 7), (320, 68, 4), (308, 66, 7), (448, 96, 4), (352, 75, 7), (336, 72, 8))
 """Channels, partial channels and side of each published attention stage."""
-DTYPES = (torch.float16, torch.float32)
 ROTATED_BYTES = 200e6
 ROUNDS = 15
 REGION = re.compile(r"(?<=written by benchmarks/tune_triton.py\.\n).*?(?=\n    # Until here)", re.DOTALL)
@@ -52,17 +51,26 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
+    dtypes: tuple[torch.dtype, ...]
+    """That it is the choice for at the published shapes; bfloat16 shares the entries of float16."""
     candidates: Callable[[table.Shape], Iterator[NamedTuple]]
     step: Callable[[Job], Callable[[Tensor], object]]
     """Makes the call to be timed."""
 
 
 def _short_candidates(shape: table.Shape) -> Iterator[table.Short]:
-    _, N, itemsize = shape
+    _, N, _ = shape
     images = (1, 2, 4) if N <= 16 else (1,)
     warps = (1, 2, 4) if N <= 16 else (2, 4, 8)
-    copied = [size // itemsize for size in (8192, 16384, 32768)]
-    return itertools.starmap(table.Short, itertools.product(images, warps, copied))
+    return itertools.starmap(table.Short, itertools.product(images, warps, (4096, 8192, 16384)))
+
+
+def _tiled_candidates(shape: table.Shape) -> Iterator[table.Tiled]:
+    _, N, _ = shape
+    tiles = ((32, 16, 16, 8), (64, 16, 16, 8), (64, 64, 16, 8), (32, 32, 16, 8)) if N > 16 else ()
+    return itertools.starmap(
+        table.Tiled, ((*t, c) for t in ((16, 16, 16, 2), (16, 16, 16, 4), *tiles) for c in (4096, 8192))
+    )
 
 
 def _evaluation(job: Job) -> Callable[[Tensor], Tensor]:
@@ -83,7 +91,10 @@ def _evaluation(job: Job) -> Callable[[Tensor], Tensor]:
     return step
 
 
-KERNELS = {"short": Kernel(_short_candidates, _evaluation)}
+KERNELS = {
+    "short": Kernel((torch.float16,), _short_candidates, _evaluation),
+    "tiled": Kernel((torch.float32,), _tiled_candidates, _evaluation),
+}
 
 
 def _use(job: Job) -> None:
@@ -164,7 +175,7 @@ def main(arguments: list[str]) -> None:
     groups = [
         [Job(kernel, stage, dtype, candidate) for candidate in KERNELS[kernel].candidates(shape)]
         for kernel in options.kernels.split(",")
-        for dtype in DTYPES
+        for dtype in KERNELS[kernel].dtypes
         for stage in STAGES
         for shape in [Job(kernel, stage, dtype, None).shape]
     ]

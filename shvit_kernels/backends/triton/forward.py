@@ -119,7 +119,7 @@ def _tiled(x, y, arguments, outputs, D, norm_eps, bn_eps, scale, flags) -> None:
     B, C, H, W = x.shape
     norm_weight, _, weight, *_, mean, _ = arguments
     N, P = H * W, weight.shape[1]
-    launch = table.tiled(x.element_size())
+    launch = table.tiled(P, N, x.element_size())
     P0, P1 = common.split(min(P, SLICE))
     slices = 1 if P1 else triton.cdiv(P, P0)
     sizes = {"P": P, "D": D, "DP": common.padded(D), "P0": P0, "P1": P1, "SLICES": slices, "CHANNELS": launch.channels}

@@ -20,18 +20,6 @@ class Short(NamedTuple):
     """Elements per block that copies."""
 
 
-MEASURED: dict[str, dict[Shape, NamedTuple]] = {
-    # What follows was written by benchmarks/tune_triton.py.
-    "short": {},
-    # Until here.
-}
-
-
-def short(P: int, N: int, itemsize: int) -> Short:
-    rule = Short(images=1, warps=2 if N <= 16 else 4, copied=16384 // itemsize)
-    return MEASURED["short"].get((P, N, itemsize), rule)
-
-
 class Tiled(NamedTuple):
     """How ``tiled.attend_tiled``, ``stage`` and ``measure`` are launched."""
 
@@ -43,7 +31,23 @@ class Tiled(NamedTuple):
     copied: int
 
 
-def tiled(itemsize: int) -> Tiled:
+MEASURED: dict[str, dict[Shape, NamedTuple]] = {
+    # What follows was written by benchmarks/tune_triton.py.
+    "short": {},
+    "tiled": {},
+    # Until here.
+}
+
+
+def short(P: int, N: int, itemsize: int) -> Short:
+    warps = 2 if N <= 16 else 4
+    rule = Short(images=1, warps=warps, copied=2048 * warps)
+    return MEASURED["short"].get((P, N, itemsize), rule)
+
+
+def tiled(P: int, N: int, itemsize: int) -> Tiled:
     if itemsize == 2:
-        return Tiled(queries=64, keys=64, channels=32, warps=4, copied=8192)
-    return Tiled(queries=32, keys=16, channels=16, warps=4, copied=4096)
+        rule = Tiled(queries=64, keys=64, channels=32, warps=4, copied=8192)
+    else:  # exact products hold their operands in registers
+        rule = Tiled(queries=32, keys=16, channels=16, warps=8, copied=8192)
+    return MEASURED["tiled"].get((P, N, itemsize), rule)
