@@ -21,7 +21,7 @@ struct Grid {
   int64_t attending;  // blocks; those behind them copy
 };
 
-int images_per_block(const Sizes& s) { return s.N <= kTile && s.B >= 256 ? 2 : 1; }
+int images_per_block(const Sizes& s) { return s.N <= kTile && s.B >= 128 ? 2 : 1; }
 
 int warps_per_block(const Sizes& s) { return s.N <= kFewTokens ? 4 : 8; }
 
