@@ -107,7 +107,8 @@ const char* moments(const MomentsParams& params, Type type, void* stream);
 struct NormBackwardParams {
   Sizes sizes;  // D is 0
   bool channels_last, x1_channels_last;
-  bool clear_rest;  // dx beyond P becomes zero, instead of being left alone
+  bool clear_rest;        // dx beyond P becomes zero, instead of being left alone
+  bool dz_cov_symmetric;  // saves a launch
   const void *x1, *norm_weight, *norm_bias;
   const float *mean, *rstd;                // [B], of the images
   const float* dz;                         // [B, P, N]

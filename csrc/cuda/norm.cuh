@@ -5,6 +5,12 @@
 
 namespace shvit::cuda {
 
+// x1 lies in memory as the images do; of one channel or one token there is only one order.
+inline const char* check_format(bool channels_last, bool x1_channels_last, const Sizes& s) {
+  const bool alike = channels_last == x1_channels_last || s.P == 1 || s.N == 1;
+  return alike ? nullptr : "x1 must have the memory format of the gradient";
+}
+
 struct Statistics {
   float mean, rstd;
 };

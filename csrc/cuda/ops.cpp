@@ -508,6 +508,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
     through_norm.dz = p.dz;
     through_norm.dz_mean = f.dz_mean;
     through_norm.dz_cov = f.dz_cov;
+    through_norm.dz_cov_symmetric = true;
     through_norm.z_mean = f.z_mean;
     finish(call, through_norm, gradients, p.channels_last, reductions);
   }

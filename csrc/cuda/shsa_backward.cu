@@ -404,6 +404,8 @@ bool shsa_backward_fits(const Sizes& s, Type type) {
 int shsa_backward_parts(const Sizes& s) { return parts_of(s); }
 
 const char* shsa_backward(const ShsaBackwardParams& params, Type type, void* stream) {
+  if (const char* error = check_format(params.channels_last, params.x1_channels_last, params.sizes))
+    return error;
   return with_arithmetic(type, params.precision, [&](auto arithmetic) {
     using A = decltype(arithmetic);
     return params.channels_last ? start<A, true>(params, stream) : start<A, false>(params, stream);
