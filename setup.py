@@ -36,8 +36,8 @@ def explained(error: Exception) -> str:
 
 
 def nvcc() -> str | None:
-    in_home = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME, "bin"))
-    return in_home or shutil.which("nvcc")
+    home = cpp_extension.CUDA_HOME
+    return home and shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
 def cuda_architectures() -> list[str]:
