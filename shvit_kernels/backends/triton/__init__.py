@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets the kernels, which then take CPU tensors: for tests and debugging."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MODULES = ("forward", "moments", "backward", "train")
+_MODULES = ("forward", "mixer", "moments", "backward", "train")
 _LEAST_CAPABILITY = (8, 0)
 
 devices = () if INTERPRETED else ("cuda",)

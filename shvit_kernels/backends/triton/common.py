@@ -78,3 +78,23 @@ def split(size: int) -> tuple[int, int]:
         return whole, 0
     rest = padded(size - whole // 2)
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+
+
+def check_images(x: Tensor, P: int) -> None:
+    """Kernels read x by pointer: what they cannot read must never reach them."""
+    if x.dim() != 4:
+        raise RuntimeError(f"image tensors must be [B, C, H, W], got {x.dim()} dimensions")
+    if x.shape[2] * x.shape[3] == 0:
+        raise RuntimeError("images must have at least one token")
+    if not 1 <= P <= x.shape[1]:
+        raise RuntimeError(f"pdim must lie between 1 and {x.shape[1]}, got {P}")
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise RuntimeError("image tensors must be NCHW-contiguous or channels_last")
+
+
+def parameters(**given: tuple[Tensor | None, int]) -> list[Tensor | None]:
+    """Parameters as kernels read them, contiguous in a type of their own; each comes with its number of values."""
+    for name, (t, count) in given.items():
+        if t is not None and t.numel() != count:
+            raise RuntimeError(f"{name} must have {count} values, got {t.numel()}")
+    return [t if t is None else t.contiguous() for t, _ in given.values()]

@@ -21,6 +21,8 @@ Which kernel:
   cores and want small tiles.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -38,17 +40,38 @@ PART = 256
 """Tokens of a long image whose moments one block takes."""
 
 
-def copy_blocks(B: int, N: int, C: int, P: int, last: bool, itemsize: int, elements: int) -> tuple[int, dict[str, int]]:
-    """How many blocks copy the channels from P on, ``elements`` each, and their sizes for :func:`copy_rest`."""
-    vector = 16 // itemsize
+class Settings(NamedTuple):
+    qk_dim: int
+    norm_eps: float
+    bn_eps: float
+    scale: float
+    relu: bool
+    tf32_proj: bool
+    tf32_attn: bool
+
+    def of_kernel(self, x: Tensor, y: Tensor) -> dict[str, bool | str]:
+        return {
+            "LAST": common.channels_last(x),
+            "Y_LAST": common.channels_last(y),
+            "RELU": self.relu,
+            "PROJ": common.precision(self.tf32_proj),
+            "ATTN": common.precision(self.tf32_attn),
+        }
+
+
+def copy_blocks(y: Tensor, P: int, elements: int) -> tuple[int, dict[str, int]]:
+    """How many blocks copy the channels of y from P on, ``elements`` each, and their sizes for ``copy_rest``."""
+    B, C, H, W = y.shape
+    last = common.channels_last(y)
+    vector = 16 // y.element_size()
     columns = triton.next_power_of_2(max(C - P, 1)) if last else vector
     rows = max(elements // columns, 1)
     if C == P:
         blocks = 0
     elif last:
-        blocks = triton.cdiv(B * N, rows)
+        blocks = triton.cdiv(B * H * W, rows)
     else:
-        blocks = B * triton.cdiv((C - P) * N // vector + 1, rows)
+        blocks = B * triton.cdiv((C - P) * H * W // vector + 1, rows)
     return blocks, {"VECTOR": vector, "ROWS": rows, "COLUMNS": columns}
 
 
@@ -77,80 +100,120 @@ def attend(
 
     Mean and rstd of the images are computed where they are not given.
     """
+    parameters = check(x, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, qk_dim)
     B, _, H, W = x.shape
-    N = H * W
     y = torch.empty_like(x, memory_format=ops.memory_format(x))
     row_max = row_sum = mean_out = rstd_out = None
     if statistics:
-        row_max, row_sum = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
+        row_max, row_sum = (x.new_empty(B, H * W, dtype=torch.float32) for _ in range(2))
         if mean is None:
             mean_out, rstd_out = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
-    results = y, mean_out if mean is None else mean, rstd_out if rstd is None else rstd, row_max, row_sum
-    if B == 0:
-        return results
-    arguments = (norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, mean, rstd)
-    flags = {
-        "LAST": common.channels_last(x),
-        "RELU": relu,
-        "PROJ": common.precision(tf32_proj),
-        "ATTN": common.precision(tf32_attn),
-    }
-    launch = _short if x.element_size() == 2 and N <= SHORT_TOKENS and weight.shape[1] <= SLICE else _tiled
+    settings = Settings(qk_dim, norm_eps, bn_eps, scale, relu, tf32_proj, tf32_attn)
+    attend_into(y, x, parameters, settings, (mean, rstd), (mean_out, rstd_out, row_max, row_sum))
+    return y, mean_out if mean is None else mean, rstd_out if rstd is None else rstd, row_max, row_sum
+
+
+def check(x, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, qk_dim) -> list[Tensor | None]:
+    """The parameters of a call as kernels read them, or an error where x or one of them cannot be read."""
+    P = weight.shape[-1]
+    O = 2 * qk_dim + P
+    common.check_images(x, P)
+    if (bn_mean is None) != (bn_var is None):
+        raise RuntimeError("bn_mean and bn_var must be given together")
+    return common.parameters(
+        norm_weight=(norm_weight, P),
+        norm_bias=(norm_bias, P),
+        weight=(weight, O * P),
+        bias=(bias, O),
+        bn_weight=(bn_weight, O),
+        bn_bias=(bn_bias, O),
+        bn_mean=(bn_mean, O),
+        bn_var=(bn_var, O),
+    )
+
+
+def attend_into(
+    y: Tensor,
+    x: Tensor,
+    parameters: list[Tensor | None],
+    settings: Settings,
+    given: tuple[Tensor | None, Tensor | None] = (None, None),
+    outputs: tuple[Tensor | None, ...] = (None, None, None, None),
+) -> None:
+    """:func:`attend` into y, which has all channels of x or the first P alone, in any memory format.
+
+    Parameters are norm_weight to bn_var, ``given`` are mean and rstd, ``outputs`` are mean, rstd, row_max, row_sum.
+    """
+    if x.shape[0] == 0:
+        return
+    tokens, P = x.shape[2] * x.shape[3], parameters[2].shape[1]
+    launch = _short if x.element_size() == 2 and tokens <= SHORT_TOKENS and P <= SLICE else _tiled
     with common.on_device_of(x):
-        launch(x, y, arguments, (mean_out, rstd_out, row_max, row_sum), qk_dim, norm_eps, bn_eps, scale, flags)
-    return results
+        launch(y, x, parameters, settings, given, outputs)
 
 
-def _short(x, y, arguments, outputs, D, norm_eps, bn_eps, scale, flags) -> None:
+def _short(y, x, parameters, settings, given, outputs) -> None:
     B, C, H, W = x.shape
-    N, P = H * W, arguments[2].shape[1]
+    N, P, D = H * W, parameters[2].shape[1], settings.qk_dim
     launch = table.short(P, N, x.element_size())
     attention_blocks = triton.cdiv(B, launch.images)
-    copies, copy_sizes = copy_blocks(B, N, C, P, flags["LAST"], x.element_size(), launch.copied)
+    copies, copy_sizes = copy_blocks(y, P, launch.copied)
     P0, P1 = common.split(P)
     attend_short[(attention_blocks + copies,)](
-        x, y, *arguments, *outputs, B, attention_blocks, norm_eps, bn_eps, scale,
-        C=C, P=P, D=D, N=N, IMAGES=launch.images, NP=common.padded(N), DP=common.padded(D), P0=P0, P1=P1,
-        **flags, **copy_sizes, num_warps=launch.warps,
+        x, y, *parameters, *given, *outputs, B, attention_blocks, settings.norm_eps, settings.bn_eps, settings.scale,
+        C=C, Y_CHANNELS=y.shape[1], P=P, D=D, N=N, IMAGES=launch.images, NP=common.padded(N), DP=common.padded(D),
+        P0=P0, P1=P1, **settings.of_kernel(x, y), **copy_sizes, num_warps=launch.warps,
     )  # fmt: skip
 
 
-def _tiled(x, y, arguments, outputs, D, norm_eps, bn_eps, scale, flags) -> None:
+def _tiled(y, x, parameters, settings, given, outputs) -> None:
     B, C, H, W = x.shape
-    norm_weight, _, weight, *_, mean, _ = arguments
-    N, P = H * W, weight.shape[1]
+    N, P, D = H * W, parameters[2].shape[1], settings.qk_dim
     launch = table.tiled(P, N, x.element_size())
     P0, P1 = common.split(min(P, SLICE))
-    slices = 1 if P1 else triton.cdiv(P, P0)
-    sizes = {"P": P, "D": D, "DP": common.padded(D), "P0": P0, "P1": P1, "SLICES": slices, "CHANNELS": launch.channels}
+    sizes = {
+        "P": P,
+        "D": D,
+        "DP": common.padded(D),
+        "P0": P0,
+        "P1": P1,
+        "SLICES": 1 if P1 else triton.cdiv(P, P0),
+        "CHANNELS": launch.channels,
+    }
     keys = values = None
     if N > UNSTAGED_TOKENS:
         keys, values = x.new_empty(B, N, D), x.new_empty(B, N, P)
-        part_mean = part_squares = None
-        stage_mean, stage_rstd = outputs[:2]
-        if norm_weight is not None and mean is None:
-            parts = triton.cdiv(N, PART)
-            part_mean, part_squares = x.new_empty(2, B, parts, dtype=torch.float32)
-            measure[(B * parts,)](
-                x, part_mean, part_squares, N, C,
-                P=P, PART=PART, TOKENS=launch.keys, CHANNELS=launch.channels, LAST=flags["LAST"],
-            )  # fmt: skip
-            if stage_mean is None:
-                stage_mean, stage_rstd = x.new_empty(2, B, dtype=torch.float32)
-        stage[(B * triton.cdiv(N, launch.keys) * slices,)](
-            x, keys, values, *arguments, part_mean, part_squares, stage_mean, stage_rstd, N, C, norm_eps, bn_eps,
-            **sizes, TOKENS=launch.keys, LAST=flags["LAST"], PROJ=flags["PROJ"], PART=PART,
-            PARTS=triton.next_power_of_2(triton.cdiv(N, PART)), num_warps=launch.warps,
-        )  # fmt: skip
+        given = _stage(keys, values, x, parameters, settings, given, outputs[:2], sizes, launch)
         outputs = (None, None, *outputs[2:])
-        if mean is None:
-            arguments = (*arguments[:-2], stage_mean, stage_rstd)
-    attention_blocks = B * triton.cdiv(N, launch.queries) * slices
-    copies, copy_sizes = copy_blocks(B, N, C, P, flags["LAST"], x.element_size(), launch.copied)
+    attention_blocks = B * triton.cdiv(N, launch.queries) * sizes["SLICES"]
+    copies, copy_sizes = copy_blocks(y, P, launch.copied)
     attend_tiled[(attention_blocks + copies,)](
-        x, y, keys, values, *arguments, *outputs, B, N, C, attention_blocks, norm_eps, bn_eps, scale,
-        **sizes, QUERIES=launch.queries, KEYS=launch.keys, **flags, **copy_sizes, num_warps=launch.warps,
+        x, y, keys, values, *parameters, *given, *outputs, B, N, C, y.shape[1], attention_blocks, settings.norm_eps,
+        settings.bn_eps, settings.scale, **sizes, QUERIES=launch.queries, KEYS=launch.keys,
+        **settings.of_kernel(x, y), **copy_sizes, num_warps=launch.warps,
     )  # fmt: skip
+
+
+def _stage(keys, values, x, parameters, settings, given, outputs, sizes, launch) -> tuple[Tensor | None, Tensor | None]:
+    """Keys and values of all tokens; returns mean and rstd of the images."""
+    B, C, H, W = x.shape
+    N, last = H * W, common.channels_last(x)
+    parts = triton.cdiv(N, PART)
+    part_moments = (None, None)
+    if parameters[0] is not None and given[0] is None:
+        part_moments = x.new_empty(2, B, parts, dtype=torch.float32).unbind()
+        measure[(B * parts,)](
+            x, *part_moments, N, C,
+            P=sizes["P"], PART=PART, TOKENS=launch.keys, CHANNELS=launch.channels, LAST=last,
+        )  # fmt: skip
+        if outputs[0] is None:
+            outputs = x.new_empty(2, B, dtype=torch.float32).unbind()
+    stage[(B * triton.cdiv(N, launch.keys) * sizes["SLICES"],)](
+        x, keys, values, *parameters, *given, *part_moments, *outputs, N, C, settings.norm_eps, settings.bn_eps,
+        **sizes, TOKENS=launch.keys, LAST=last, PROJ=common.precision(settings.tf32_proj), PART=PART,
+        PARTS=triton.next_power_of_2(parts), num_warps=launch.warps,
+    )  # fmt: skip
+    return given if given[0] is not None else outputs
 
 
 def shsa_forward(x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, tf32_proj, tf32_attn):

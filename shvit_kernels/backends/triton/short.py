@@ -13,9 +13,10 @@ def attend_short(
     x, y, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, given_mean, given_rstd,
     mean_out, rstd_out, row_max_out, row_sum_out,
     B, attention_blocks, norm_eps, bn_eps, scale,
-    C: tl.constexpr, P: tl.constexpr, D: tl.constexpr, N: tl.constexpr, IMAGES: tl.constexpr, NP: tl.constexpr,
-    DP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
-    PROJ: tl.constexpr, ATTN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, Y_CHANNELS: tl.constexpr, P: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    IMAGES: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, LAST: tl.constexpr,
+    Y_LAST: tl.constexpr, RELU: tl.constexpr, PROJ: tl.constexpr, ATTN: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """IMAGES whole images, of at most NP tokens each, per attention block."""
     block = tl.program_id(0)
@@ -98,10 +99,10 @@ def attend_short(
         p = p.to(dtype)
         share = tl.expand_dims(1.0 / row_sum, KEYS)
         out = (dot(p, v0, ATTN) * share).reshape(IMAGES, NP, P0)
-        store_tokens(y, out, images, tokens, 0, N, C, P, LAST, RELU, within)
+        store_tokens(y, out, images, tokens, 0, N, Y_CHANNELS, P, Y_LAST, RELU, within)
         if P1 > 0:
             out = (dot(p, v1, ATTN) * share).reshape(IMAGES, NP, P1)
-            store_tokens(y, out, images, tokens, P0, N, C, P, LAST, RELU, within)
+            store_tokens(y, out, images, tokens, P0, N, Y_CHANNELS, P, Y_LAST, RELU, within)
         if row_max_out is not None:
             rows = images[:, None] * N + tokens[None, :]
             mask = (images < B)[:, None] & (tokens < N)[None, :]

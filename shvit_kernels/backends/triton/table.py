@@ -7,7 +7,7 @@ anew.
 from typing import NamedTuple
 
 Shape = tuple[int, int, int]
-"""P, N and the bytes of an element."""
+"""P (of ``Mixer``: C), N and the bytes of an element."""
 
 
 class Short(NamedTuple):
@@ -31,10 +31,21 @@ class Tiled(NamedTuple):
     copied: int
 
 
+class Mixer(NamedTuple):
+    """How ``mixer.project_and_add`` is launched: a tile of the product, and the channels of x in one step."""
+
+    tokens: int
+    outs: int
+    channels: int
+    warps: int
+    stages: int
+
+
 MEASURED: dict[str, dict[Shape, NamedTuple]] = {
     # What follows was written by benchmarks/tune_triton.py.
     "short": {},
     "tiled": {},
+    "mixer": {},
     # Until here.
 }
 
@@ -51,3 +62,11 @@ def tiled(P: int, N: int, itemsize: int) -> Tiled:
     else:  # exact products hold their operands in registers
         rule = Tiled(queries=32, keys=16, channels=16, warps=8, copied=8192)
     return MEASURED["tiled"].get((P, N, itemsize), rule)
+
+
+def mixer(C: int, N: int, itemsize: int) -> Mixer:
+    if itemsize == 2:
+        rule = Mixer(tokens=128, outs=128, channels=32, warps=8, stages=3)
+    else:
+        rule = Mixer(tokens=64, outs=64, channels=16, warps=8, stages=2)
+    return MEASURED["mixer"].get((C, N, itemsize), rule)

@@ -158,10 +158,12 @@ def stage(
 @triton.jit
 def attend_tiled(
     x, y, keys, values, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, given_mean,
-    given_rstd, mean_out, rstd_out, row_max_out, row_sum_out, B, N, C, attention_blocks, norm_eps, bn_eps, scale,
+    given_rstd, mean_out, rstd_out, row_max_out, row_sum_out, B, N, C, y_channels, attention_blocks, norm_eps, bn_eps,
+    scale,
     P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, SLICES: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
-    PROJ: tl.constexpr, ATTN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    RELU: tl.constexpr, PROJ: tl.constexpr, ATTN: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some queries of one image, and one of SLICES slices of the value channels, per attention block."""
     block = tl.program_id(0)
@@ -234,10 +236,11 @@ def attend_tiled(
 
         share = (1.0 / row_sum)[:, None]
         within = (queries < N)[None, :, None]
-        store_tokens(y, (out0 * share).reshape(1, QUERIES, P0), images, queries, channel, N, C, P, LAST, RELU, within)
+        out0 = (out0 * share).reshape(1, QUERIES, P0)
+        store_tokens(y, out0, images, queries, channel, N, y_channels, P, Y_LAST, RELU, within)
         if P1 > 0:
             out1 = (out1 * share).reshape(1, QUERIES, P1)
-            store_tokens(y, out1, images, queries, P0, N, C, P, LAST, RELU, within)
+            store_tokens(y, out1, images, queries, P0, N, y_channels, P, Y_LAST, RELU, within)
         if row_max_out is not None:
             rows = images.to(tl.int64) * N + queries
             within = (queries < N) & (channel == 0)
