@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shvit_kernels import functional
+from tests.support import exact
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, moments_call, named
-from tests.support.numerics import Call, Results, assert_parity, expect, largest
+from tests.support.numerics import assert_parity, expect, largest
 
 pytestmark = native_tier.needs_native
 
@@ -25,35 +26,9 @@ SMALL_COVER = named(
 )
 
 
-def exact(call: Call) -> tuple[Results, dict[str, float]]:
-    """Results in float64 and S of each: of the mean the largest average |z| of a channel; of a parameter's gradient the
-    sum over images of the largest absolute value of the image's part."""
-    results = call.run("eager")
-    x, weight, bias = (call.inputs[k] for k in ("x", "norm_weight", "norm_bias"))
-    P, B = call.upstream["mean"].shape[0], x.shape[0]
-    z = x[:, :P]
-    own = {}  # every image with parameters of its own, for its part of their gradients
-    if weight is not None:
-        z = F.group_norm(z, 1) if z.numel() > 1 else torch.zeros_like(z)
-        own = {k: t.expand(B, P).clone().requires_grad_() for k, t in call.inputs.items() if k != "x" and t is not None}
-        z = z * own["norm_weight"][:, :, None, None]
-        if bias is not None:
-            z = z + own["norm_bias"][:, :, None, None]
-    sizes = {k: largest(t) for k, t in results.items()}
-    if weight is not None and P * x.shape[2] * x.shape[3] == 1:
-        # The only value is its own mean: dx is a difference of equals, large for want of a variance, and zero in truth.
-        sizes["dx"] = 1e-5**-0.5 * largest(weight) * largest(call.upstream["mean"])
-    sizes["mean"] = largest(z.detach().abs().mean((0, 2, 3))) if B else 0.0
-    if own:
-        _, mean, cov = functional.partial_moments(z, None, None, pdim=P, backend="eager")
-        grads = torch.autograd.grad([mean, cov], list(own.values()), [call.upstream["mean"], call.upstream["cov"]])
-        sizes |= {f"d{k}": sum(largest(part) for part in g) for k, g in zip(own, grads, strict=True)}
-    return results, sizes
-
-
 def check(case: Case) -> None:
     call = moments_call(case)
-    expected = expect(call, exact)
+    expected = expect(call, exact.of_moments)
     with torch.no_grad():
         forward = call.run(BACKEND, ())
     trained = call.run(BACKEND, case.needed)
@@ -129,7 +104,7 @@ def test_large_offsets_do_not_cancel(offset, N, layout):
     """Deviations of about 1 around means of thousands, another in every channel."""
     call = moments_call(Case(P=9, B=3, N=N, layout=layout, norm="none"))
     call.inputs["x"] += offset * torch.linspace(1, 2, 46)[:, None, None]
-    assert_parity(call.run(BACKEND, ()), expect(call, exact))
+    assert_parity(call.run(BACKEND, ()), expect(call, exact.of_moments))
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
@@ -137,7 +112,7 @@ def test_group_norm_of_large_offsets_does_not_cancel(offset):
     case = Case(P=12, N=196)
     call = moments_call(case)
     call.inputs["x"] += offset
-    assert_parity(call.run(BACKEND), expect(call, exact))
+    assert_parity(call.run(BACKEND), expect(call, exact.of_moments))
 
 
 def test_offset_of_one_image():
@@ -145,7 +120,7 @@ def test_offset_of_one_image():
     for norm in ("none", "affine"):
         call = moments_call(Case(P=12, B=17, N=16, norm=norm))
         call.inputs["x"] += 100 * torch.arange(17.0)[:, None, None, None]
-        assert_parity(call.run(BACKEND), expect(call, exact))
+        assert_parity(call.run(BACKEND), expect(call, exact.of_moments))
 
 
 @pytest.mark.parametrize("norm", ["affine", "none"])
@@ -204,14 +179,14 @@ def test_expanded_and_transposed_gradients():
     call = moments_call(Case(P=20))
     for change in (lambda d: torch.ones(()).expand(20, 20), lambda d: d.t()):
         call.upstream["cov"] = change(call.upstream["cov"])
-        assert_parity(call.run(BACKEND), expect(call, exact))
+        assert_parity(call.run(BACKEND), expect(call, exact.of_moments))
 
 
 @pytest.mark.parametrize("norm", ["affine", "none"])
 def test_operator_computes_what_is_asked_for_and_nothing_else(norm):
     case = Case(P=20, N=16, norm=norm)
     call = moments_call(case)
-    expected = expect(call, exact)
+    expected = expect(call, exact.of_moments)
     x, weight, bias = (call.inputs[k] for k in ("x", "norm_weight", "norm_bias"))
     mean, _, image_mean, image_rstd = torch.ops.shvit_kernels.partial_moments_forward_native(x, weight, bias, 20, 1e-5)
     names = ("dx", "dnorm_weight", "dnorm_bias")
@@ -283,4 +258,4 @@ def test_no_result_depends_on_uninitialised_memory(dtype):
         results = moments_call(case).run(BACKEND)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_parity(results, expect(moments_call(case), exact))
+    assert_parity(results, expect(moments_call(case), exact.of_moments))

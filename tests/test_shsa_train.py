@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from tests.support import exact
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, named, train_call
-from tests.support.numerics import Call, Exact, Results, assert_parity, expect, largest
+from tests.support.numerics import assert_parity, expect
 
 pytestmark = native_tier.needs_native
 
@@ -24,48 +24,9 @@ def needed(case: Case) -> tuple[str, ...]:
     return tuple(name for k in names for name in NEEDED.get(k, (k,)))
 
 
-def exact(case: Case) -> Exact:
-    """Results in float64, and S of each.
-
-    For a parameter's gradient that is the sum over images of the image's part with the batch statistics held constant,
-    for through them gradients cancel, that of ``norm_bias`` to nothing. Every image gets parameters of its own for it.
-    """
-
-    def of(call: Call) -> tuple[Results, dict[str, float]]:
-        results = call.run("eager")
-        sizes = {k: largest(t) for k, t in results.items()}
-        x, B = call.inputs["x"], case.B
-        if not B:
-            return results, sizes
-        given = {k: t for k, t in call.inputs.items() if k != "x" and t is not None}
-        own = {k: t.expand(B, *t.shape).clone().requires_grad_() for k, t in given.items()}
-        z = x[:, : case.P]
-        if "norm_weight" in own:
-            z = F.group_norm(z, 1) * own["norm_weight"][:, :, None, None]
-        if "norm_bias" in own:
-            z = z + own["norm_bias"][:, :, None, None]
-        projected = own["weight"] @ z.flatten(2)
-        variance, mean = torch.var_mean(projected.detach(), (0, 2), correction=0, keepdim=True)
-        qkv = (projected - mean) / (variance + 1e-5).sqrt()
-        if "bn_weight" in own:
-            qkv = qkv * own["bn_weight"][:, :, None] + own["bn_bias"][:, :, None]
-        q, k, v = qkv.split([case.D, case.D, case.P], dim=1)
-        attended = v @ (q.mT @ k * case.D**-0.5).softmax(-1).mT
-        y = torch.cat([attended, x[:, case.P :].flatten(2)], 1).view_as(x)
-        y = y.relu() if case.relu else y
-        grads = torch.autograd.grad(y, list(own.values()), call.upstream["y"])
-        for name, parts in zip(own, grads, strict=True):
-            sizes[f"d{name}"] = sum(largest(part) for part in parts)
-        assert largest(y.detach() - results["y"]) <= 1e-9 * sizes["y"]  # it is the same function
-        sizes["mean"] = largest(projected.detach().abs().mean((0, 2)))
-        return results, sizes
-
-    return of
-
-
 def check(case: Case) -> None:
     call = train_call(case)
-    expected = expect(call, exact(case))
+    expected = expect(call, exact.of_training(case))
     with torch.no_grad():
         forward = call.run(BACKEND, ())
     assert_parity(forward, expected)
@@ -158,4 +119,4 @@ def test_no_result_depends_on_uninitialised_memory():
         results = train_call(case).run(BACKEND)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_parity(results, expect(train_call(case), exact(case)))
+    assert_parity(results, expect(train_call(case), exact.of_training(case)))
