@@ -8,7 +8,7 @@
 
 namespace shvit {
 
-constexpr int kMaxPhases = 5;
+constexpr int kMaxPhases = 7;
 
 struct Plan {
   int phases = 0;
@@ -25,13 +25,23 @@ struct Sizes {
 };
 
 // Image tensors hold the storage type, in NCHW or channels_last order; everything else the compute type.
+//
+// Batch normalisation of the projection by its own statistics; none where `mean` is null.
+struct BatchNorm {
+  const void *weight, *bias;  // [O]; null if absent
+  double eps;
+  void *mean, *variance;  // [O]: written by the forward, read by the backward
+};
+
 struct ShsaForwardParams {
   Sizes sizes;
   bool channels_last, relu;
   double norm_eps, scale;
   const void *x, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;  // [P], [P], [O, P], [O]; null if absent
+  BatchNorm batch_norm;                                             // then there is no qkv_bias
   void *y, *mean, *rstd, *row_max, *row_sum;  // image, [B], [B], [B, N], [B, N]; the last four
                                               // are what a backward needs, or all null
+  void* x1;                                   // with batch_norm: a copy of the first P channels, or null
   void* workspace;
 };
 
@@ -40,7 +50,9 @@ struct ShsaBackwardParams {
   bool channels_last, x1_channels_last, relu;
   double scale;
   const void *dy, *x1, *y, *mean, *rstd, *row_max, *row_sum, *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;
+  BatchNorm batch_norm;
   void *dx, *dnorm_weight, *dnorm_bias, *dqkv_weight, *dqkv_bias;  // null where not needed
+  void *dbn_weight, *dbn_bias;                                     // [O], with batch_norm
   void* workspace;
 };
 
@@ -50,34 +62,23 @@ struct MomentsForwardParams {
   double norm_eps;
   const void *x, *norm_weight, *norm_bias;
   void *mean, *cov, *image_mean, *image_rstd;  // [P], [P, P], [B], [B]
-  void* x1;                                    // a copy of the first P channels, or null
   void* workspace;
 };
 
 struct MomentsBackwardParams {
   Sizes sizes;  // D is 0
   bool channels_last;
-  bool accumulate;  // add to the gradients instead of writing them
   const void *dmean, *dcov, *x1, *mean, *image_mean, *image_rstd, *norm_weight, *norm_bias;
   void *dx, *dnorm_weight, *dnorm_bias;  // null where not needed
   void* workspace;
 };
 
-struct FoldForwardParams {
+// Running statistics of a batch normalisation folded into the projection before it.
+struct FoldParams {
   int64_t O, P;
   double eps;
-  const void *weight, *bias, *bn_weight, *bn_bias;  // [O, P], [O], [O], [O]; null if absent
-  const void *z_mean, *z_cov;                       // batch statistics from these, or null
-  void *mean, *variance;                            // [O]: written with batch statistics, read without
+  const void *weight, *bias, *bn_weight, *bn_bias, *mean, *variance;  // [O, P], the others [O]; null if absent
   void *qkv_weight, *qkv_bias;
-  void* workspace;
-};
-
-struct FoldBackwardParams {
-  int64_t O, P;
-  double eps;
-  const void *dqkv_weight, *dqkv_bias, *weight, *bn_weight, *z_mean, *z_cov, *mean, *variance;
-  void *dweight, *dbn_weight, *dbn_bias, *dz_mean, *dz_cov;  // the first three null where not needed
   void* workspace;
 };
 
@@ -92,8 +93,7 @@ struct Kernels {
   Kernel<ShsaBackwardParams> shsa_backward;
   Kernel<MomentsForwardParams> moments_forward;
   Kernel<MomentsBackwardParams> moments_backward;
-  Kernel<FoldForwardParams> fold_forward;
-  Kernel<FoldBackwardParams> fold_backward;
+  Kernel<FoldParams> fold;
 };
 
 // The kernels compiled for one instruction set, for each storage type.

@@ -111,10 +111,6 @@ struct MomentsForward {
                      const Workspace& workspace) {
     const Sizes& s = a.sizes;
     load_piece(a, piece, scratch);
-    if (a.x1)
-      store_panel<VB>(
-          scratch.image, scratch.ld, s.P, piece.n,
-          image_view(static_cast<S*>(a.x1), piece.image, s.P, s.N, a.channels_last).at(0, piece.token));
     T mean = 0, rstd = 1;
     if (a.norm_weight) {
       Moments m;
@@ -371,14 +367,6 @@ struct MomentsBackward {
                         typed(a.image_rstd)[piece.image], sums, static_cast<double>(s.P * s.N));
     const auto dx =
         image_view(static_cast<S*>(a.dx), piece.image, s.C, s.N, a.channels_last).at(0, piece.token);
-    if (a.accumulate) {
-      load_panel<VB>(ImageView<const S>{dx.data, dx.channel_stride, dx.token_stride}, s.P, piece.n, scratch.z,
-                     scratch.ld);
-      for (int64_t p = 0; p < s.P; ++p)
-        for (int64_t t = 0; t < piece.n; ++t) scratch.dz[p * scratch.ld + t] += scratch.z[p * scratch.ld + t];
-      store_panel<VB>(scratch.dz, scratch.ld, s.P, piece.n, dx);
-      return;
-    }
     store_panel<VB>(scratch.dz, scratch.ld, s.P, piece.n, dx);
     const ImageView<S> rest = dx.at(s.P, 0);
     const ImageView<const S> same{rest.data, rest.channel_stride, rest.token_stride};
@@ -402,10 +390,8 @@ struct MomentsBackward {
   static void finish_parameters(const Params& a, const Cut& cut, const Workspace& workspace) {
     const Sizes& s = a.sizes;
     const int64_t parts = cut.parts().parts;
-    if (a.dnorm_weight)
-      add_parts(workspace.partials, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_weight), a.accumulate);
-    if (a.dnorm_bias)
-      add_parts(workspace.partials + s.P, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_bias), a.accumulate);
+    if (a.dnorm_weight) add_parts(workspace.partials, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_weight));
+    if (a.dnorm_bias) add_parts(workspace.partials + s.P, parts, 2 * s.P, s.P, static_cast<T*>(a.dnorm_bias));
   }
 };
 

@@ -48,12 +48,11 @@ SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, in
   }
 }
 
-// total[i] = (accumulate ? total[i] : 0) + sum over parts of partial[part][i], in order.
+// total[i] = sum over parts of partial[part][i], in order.
 template <class Sum, class T>
-SHVIT_INLINE void add_parts(const Sum* partial, int64_t parts, int64_t stride, int64_t count, T* total,
-                            bool accumulate = false) {
+SHVIT_INLINE void add_parts(const Sum* partial, int64_t parts, int64_t stride, int64_t count, T* total) {
   for (int64_t i = 0; i < count; ++i) {
-    Sum sum = accumulate ? total[i] : 0;
+    Sum sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += partial[part * stride + i];
     total[i] = static_cast<T>(sum);
   }

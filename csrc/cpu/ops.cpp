@@ -162,8 +162,8 @@ ScalarType compute_type(ScalarType storage) {
 // Kernels on tensors
 
 void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm& norm, const void* qkv_weight,
-            const void* qkv_bias, double norm_eps, double scale, bool relu, const Tensor& y,
-            const Saved* saved) {
+            const void* qkv_bias, double norm_eps, double scale, bool relu, const Tensor& y, const Saved* saved,
+            const BatchNorm& batch_norm = {}, void* x1 = nullptr) {
   const auto data = [](const Tensor& t) { return t.mutable_data_ptr(); };
   ShsaForwardParams params{s,
                            is_channels_last(x),
@@ -175,11 +175,13 @@ void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm&
                            norm.bias.data(),
                            qkv_weight,
                            qkv_bias,
+                           batch_norm,
                            data(y),
                            saved ? data(saved->mean) : nullptr,
                            saved ? data(saved->rstd) : nullptr,
                            saved ? data(saved->row_max) : nullptr,
                            saved ? data(saved->row_sum) : nullptr,
+                           x1,
                            nullptr};
   run(kernels.shsa_forward, params);
 }
@@ -187,7 +189,8 @@ void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm&
 void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, const Tensor& x1,
                      const Tensor& y, const Saved& saved, const Norm& norm, const void* qkv_weight,
                      const void* qkv_bias, double scale, bool relu, void* dx, const NormGradient& dnorm,
-                     void* dqkv_weight, void* dqkv_bias) {
+                     void* dqkv_weight, void* dqkv_bias, const BatchNorm& batch_norm = {},
+                     void* dbn_weight = nullptr, void* dbn_bias = nullptr) {
   ShsaBackwardParams params{s,
                             is_channels_last(y),
                             is_channels_last(x1),
@@ -204,78 +207,39 @@ void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, c
                             norm.bias.data(),
                             qkv_weight,
                             qkv_bias,
+                            batch_norm,
                             dx,
                             dnorm.weight.data(),
                             dnorm.bias.data(),
                             dqkv_weight,
                             dqkv_bias,
+                            dbn_weight,
+                            dbn_bias,
                             nullptr};
   run(kernels.shsa_backward, params);
 }
 
-void take_moments(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm& norm, double norm_eps,
-                  const Tensor& z_mean, const Tensor& z_cov, const Tensor& mean, const Tensor& rstd, void* x1) {
-  MomentsForwardParams params{s,
-                              is_channels_last(x),
-                              norm_eps,
-                              x.const_data_ptr(),
-                              norm.weight.data(),
-                              norm.bias.data(),
-                              z_mean.mutable_data_ptr(),
-                              z_cov.mutable_data_ptr(),
-                              mean.mutable_data_ptr(),
-                              rstd.mutable_data_ptr(),
-                              x1,
-                              nullptr};
-  run(kernels.moments_forward, params);
-}
-
-void moments_backward(const Kernels& kernels, const Sizes& s, bool accumulate, const Tensor& dz_mean,
-                      const Tensor& dz_cov, const Tensor& x1, const Tensor& z_mean, const Tensor& mean,
-                      const Tensor& rstd, const Norm& norm, void* dx, const NormGradient& dnorm) {
-  MomentsBackwardParams params{s,
-                               is_channels_last(x1),
-                               accumulate,
-                               dz_mean.const_data_ptr(),
-                               dz_cov.const_data_ptr(),
-                               x1.const_data_ptr(),
-                               z_mean.const_data_ptr(),
-                               mean.const_data_ptr(),
-                               rstd.const_data_ptr(),
-                               norm.weight.data(),
-                               norm.bias.data(),
-                               dx,
-                               dnorm.weight.data(),
-                               dnorm.bias.data(),
-                               nullptr};
-  run(kernels.moments_backward, params);
-}
-
-// The projection with the batch normalisation folded in, in compute type.
+// The projection with the running statistics folded in, in compute type.
 class Folded {
  public:
-  // Batch statistics come from the moments of z into `mean` and `variance`, or without moments are read there.
   Folded(const Kernels& kernels, const Sizes& s, ScalarType type, double eps, const Projection& plain,
-         const Parameter& bn_weight, const Parameter& bn_bias, const void* z_mean, const void* z_cov,
-         void* mean, void* variance) {
+         const RunningNorm& bn) {
     const int64_t value = type == ScalarType::Double ? sizeof(double) : sizeof(float);
     memory_ = allocate((s.O() * s.P + s.O()) * value);
     bias_ = memory_.get() + s.O() * s.P * value;
-    FoldForwardParams params{s.O(),
-                             s.P,
-                             eps,
-                             plain.weight.data(),
-                             plain.bias.data(),
-                             bn_weight.data(),
-                             bn_bias.data(),
-                             z_mean,
-                             z_cov,
-                             mean,
-                             variance,
-                             memory_.get(),
-                             bias_,
-                             nullptr};
-    run(kernels.fold_forward, params);
+    FoldParams params{s.O(),
+                      s.P,
+                      eps,
+                      plain.weight.data(),
+                      plain.bias.data(),
+                      bn.weight.data(),
+                      bn.bias.data(),
+                      bn.mean.data(),
+                      bn.var.data(),
+                      memory_.get(),
+                      bias_,
+                      nullptr};
+    run(kernels.fold, params);
   }
   const void* weight() const { return memory_.get(); }
   const void* bias() const { return bias_; }
@@ -331,7 +295,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std
          cov = torch::stable::new_empty(x, {pdim, pdim}, type);
   Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
   Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
-  take_moments(kernels_for(x.scalar_type()), s, x, norm, norm_eps, mean, cov, image_mean, image_rstd, nullptr);
+  MomentsForwardParams params{s,
+                              is_channels_last(x),
+                              norm_eps,
+                              x.const_data_ptr(),
+                              norm.weight.data(),
+                              norm.bias.data(),
+                              mean.mutable_data_ptr(),
+                              cov.mutable_data_ptr(),
+                              image_mean.mutable_data_ptr(),
+                              image_rstd.mutable_data_ptr(),
+                              nullptr};
+  run(kernels_for(x.scalar_type()).moments_forward, params);
   return {mean, cov, image_mean, image_rstd};
 }
 
@@ -346,8 +321,21 @@ std::tuple<Tensor, Tensor, Tensor> partial_moments_backward(Tensor dmean, Tensor
   const Norm norm(norm_weight, norm_bias, s.P, type);
   Tensor dx = image_gradient(x1, channels, is_channels_last(x1), needs[0]);
   const NormGradient dnorm(norm_weight, norm_bias, needs, x1, type);
-  moments_backward(kernels_for(x1.scalar_type()), s, false, dmean, dcov, x1, mean, image_mean, image_rstd, norm,
-                   needs[0] ? dx.mutable_data_ptr() : nullptr, dnorm);
+  MomentsBackwardParams params{s,
+                               is_channels_last(x1),
+                               dmean.const_data_ptr(),
+                               dcov.const_data_ptr(),
+                               x1.const_data_ptr(),
+                               mean.const_data_ptr(),
+                               image_mean.const_data_ptr(),
+                               image_rstd.const_data_ptr(),
+                               norm.weight.data(),
+                               norm.bias.data(),
+                               needs[0] ? dx.mutable_data_ptr() : nullptr,
+                               dnorm.weight.data(),
+                               dnorm.bias.data(),
+                               nullptr};
+  run(kernels_for(x1.scalar_type()).moments_backward, params);
   return {dx, dnorm.weight.result(), dnorm.bias.result()};
 }
 
@@ -365,8 +353,7 @@ Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
   const void *qkv_weight = plain.weight.data(), *qkv_bias = plain.bias.data();
   std::optional<Folded> folded;
   if (bn.mean.data()) {
-    folded.emplace(kernels, s, type, bn_eps, plain, bn.weight, bn.bias, nullptr, nullptr,
-                   const_cast<void*>(bn.mean.data()), const_cast<void*>(bn.var.data()));
+    folded.emplace(kernels, s, type, bn_eps, plain, bn);
     qkv_weight = folded->weight();
     qkv_bias = folded->bias();
   }
@@ -389,62 +376,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
   Tensor y = empty_image(x, s.C, channels_last), x1 = empty_image(x, s.P, channels_last);
   const Saved saved = empty_saved(x, s.B, s.N, type);
-  Tensor z_mean = fresh({s.P}), z_cov = fresh({s.P, s.P}), mean = fresh({s.O()}), variance = fresh({s.O()});
-  const Kernels& kernels = kernels_for(x.scalar_type());
-  take_moments(kernels, s, x, norm, norm_eps, z_mean, z_cov, saved.mean, saved.rstd, x1.mutable_data_ptr());
-  const Folded qkv(kernels, s, type, bn_eps, plain, gamma, beta, z_mean.const_data_ptr(),
-                   z_cov.const_data_ptr(), mean.mutable_data_ptr(), variance.mutable_data_ptr());
-  attend(kernels, s, x, norm, qkv.weight(), qkv.bias(), norm_eps, scale, relu, y, &saved);
-  return {y, x1, saved.mean, saved.rstd, saved.row_max, saved.row_sum, z_mean, z_cov, mean, variance};
+  Tensor mean = fresh({s.O()}), variance = fresh({s.O()});
+  const BatchNorm batch_norm{gamma.data(), beta.data(), bn_eps, mean.mutable_data_ptr(),
+                             variance.mutable_data_ptr()};
+  attend(kernels_for(x.scalar_type()), s, x, norm, plain.weight.data(), nullptr, norm_eps, scale, relu, y,
+         &saved, batch_norm, x1.mutable_data_ptr());
+  // No moments of z: the statistics are those of the staged projection.
+  return {y, x1, saved.mean, saved.rstd, saved.row_max, saved.row_sum, fresh({0}), fresh({0}), mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
-    Tensor dy, Tensor y, Tensor x1, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum, Tensor z_mean,
-    Tensor z_cov, Tensor batch_mean, Tensor batch_var, std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight,
-    std::optional<Tensor> bn_bias, int64_t qk_dim, double, double bn_eps, double scale, bool relu, bool, bool,
-    std::vector<bool> needs) {
+    Tensor dy, Tensor y, Tensor x1, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum, Tensor, Tensor,
+    Tensor batch_mean, Tensor batch_var, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+    Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, int64_t qk_dim, double,
+    double bn_eps, double scale, bool relu, bool, bool, std::vector<bool> needs) {
   const ScalarType type = compute_type(y.scalar_type());
   check_gradient_of(y, dy);
   const auto s = sizes_of<Sizes>(y, weight.size(1), qk_dim);
-  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
-    return torch::stable::new_empty(y, size, type);
-  };
   const Norm norm(norm_weight, norm_bias, s.P, type);
   const Projection plain("weight", weight, "", std::nullopt, s.O(), s.P, type);
   const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
   Tensor dx = image_gradient(y, s.C, is_channels_last(y), needs[0]);
-  void* dx_data = needs[0] ? dx.mutable_data_ptr() : nullptr;
   const NormGradient dnorm(norm_weight, norm_bias, needs, y, type);
   const Gradient dweight(weight, needs[3], y, type), dbn_weight(bn_weight, needs[4], y, type),
       dbn_bias(bn_bias, needs[5], y, type);
-  Tensor dqkv_weight = fresh({s.O(), s.P}), dqkv_bias = fresh({s.O()});
-  Tensor dz_mean = fresh({s.P}), dz_cov = fresh({s.P, s.P});
-  const Kernels& kernels = kernels_for(y.scalar_type());
-  const Folded qkv(kernels, s, type, bn_eps, plain, gamma, beta, nullptr, nullptr,
-                   batch_mean.mutable_data_ptr(), batch_var.mutable_data_ptr());
-  attend_backward(kernels, s, dy, x1, y, {mean, rstd, row_max, row_sum}, norm, qkv.weight(), qkv.bias(), scale,
-                  relu, dx_data, dnorm, dqkv_weight.mutable_data_ptr(), dqkv_bias.mutable_data_ptr());
-  FoldBackwardParams fold{s.O(),
-                          s.P,
-                          bn_eps,
-                          dqkv_weight.const_data_ptr(),
-                          dqkv_bias.const_data_ptr(),
-                          plain.weight.data(),
-                          gamma.data(),
-                          z_mean.const_data_ptr(),
-                          z_cov.const_data_ptr(),
-                          batch_mean.const_data_ptr(),
-                          batch_var.const_data_ptr(),
-                          dweight.data(),
-                          dbn_weight.data(),
-                          dbn_bias.data(),
-                          dz_mean.mutable_data_ptr(),
-                          dz_cov.mutable_data_ptr(),
-                          nullptr};
-  run(kernels.fold_backward, fold);
-  if (needs[0] || needs[1] || needs[2])
-    moments_backward(kernels, s, true, dz_mean, dz_cov, x1, z_mean, mean, rstd, norm, dx_data, dnorm);
+  const BatchNorm batch_norm{gamma.data(), beta.data(), bn_eps, batch_mean.mutable_data_ptr(),
+                             batch_var.mutable_data_ptr()};
+  attend_backward(kernels_for(y.scalar_type()), s, dy, x1, y, {mean, rstd, row_max, row_sum}, norm,
+                  plain.weight.data(), nullptr, scale, relu, needs[0] ? dx.mutable_data_ptr() : nullptr, dnorm,
+                  dweight.data(), nullptr, batch_norm, dbn_weight.data(), dbn_bias.data());
   return {
       dx, dnorm.weight.result(), dnorm.bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
 }

@@ -273,6 +273,7 @@ SHVIT_INLINE Parts reduction_parts(int64_t n) { return {n, min64(n, min64(max64(
 template <class T>
 SHVIT_INLINE void scale_rows(const Sizes& s, double scale, int64_t columns, int64_t ld, T* rows) {
   const T factor = static_cast<T>(scale);
+  if (factor == T(1)) return;
   for (int64_t d = 0; d < s.D; ++d)
     for (int64_t t = 0; t < columns; ++t) rows[d * ld + t] *= factor;
 }

@@ -6,9 +6,12 @@
 //     dq = scale k dS  dk = scale q dS   dz = W^T dqkv   dW = dqkv z^T   db = sum dqkv
 //
 // and dx1 follows from dz through the group normalisation. Scores are [queries, keys] here: probabilities then
-// only need the saved row maximum and sum, and every product but dq has tokens as columns.
+// only need the saved row maximum and sum, and every product but dq has tokens as columns. With batch
+// normalisation of the projection, dqkv of all images is staged until the sums that its gradient needs are
+// known.
 #pragma once
 
+#include "batch_norm.h"
 #include "norm_backward.h"
 #include "panel.h"
 
@@ -26,6 +29,9 @@ struct ShsaBackward {
   static bool is_short(const Sizes& s) { return s.N <= kShortTokens; }
   static int64_t blocks(const Sizes& s) { return ceil_div(s.N, kBlockTokens); }
   static int64_t padded(int64_t n) { return round_up(n, W); }
+  static int64_t units(const Sizes& s) { return is_short(s) ? Groups<T, VB>(s).count : s.B * blocks(s); }
+  static int64_t unit_ld(const Sizes& s) { return is_short(s) ? Groups<T, VB>(s).ld : kBlockLd; }
+  static bool stages(const Params& a) { return a.batch_norm.mean || !is_short(a.sizes); }
 
   // Sums over tokens of all images are made in parts and added at the end. Short images: parts of the groups.
   // Long images: each image has parts of its blocks of tokens.
@@ -34,16 +40,22 @@ struct ShsaBackward {
   }
   static int64_t total_parts(const Sizes& s) { return is_short(s) ? parts(s).parts : s.B * parts(s).parts; }
 
-  // Panels of one group of short images, or of one block of a long image: the same columns in each.
+  // Panels of one group of short images, or of one block of a long image: the same columns in each. `staged`
+  // are those that batch normalisation keeps from phase to phase; without it `normal` is null.
+  struct Staged {
+    T *dqkv, *normal;  // [O, ld], [O, ld]
+    Staged(Bump& bump, const Params& a, int64_t ld)
+        : dqkv(bump.take<T>(a.sizes.O() * ld)),
+          normal(a.batch_norm.mean ? bump.take<T>(a.sizes.O() * ld) : nullptr) {}
+  };
   struct Panels {
     int64_t ld;
-    T *qkv, *dout, *delta, *dqkv, *dz;  // [O, ld], [P, ld], [ld], [O, ld], [P, ld]
+    T *qkv, *dout, *delta, *dz;  // [O, ld], [P, ld], [ld], [P, ld]
     Panels(Bump& bump, const Sizes& s, int64_t ld)
         : ld(ld),
           qkv(bump.take<T>(s.O() * ld)),
           dout(bump.take<T>(s.P * ld)),
           delta(bump.take<T>(ld)),
-          dqkv(bump.take<T>(s.O() * ld)),
           dz(bump.take<T>(s.P * ld)) {}
   };
 
@@ -69,31 +81,46 @@ struct ShsaBackward {
     return scratch;
   }
 
-  // Partial sums [total_parts] of dW [O, padded P], db [O], dnorm_weight, dnorm_bias [P]; and for long images
-  // the panels of every block, the sums of its normalisation, and dq [N, D] for each part of the keys.
+  // Partial sums [total_parts] of dW [O, padded P], of dqkv (db, or dbeta) and dqkv n (dgamma) [O], of
+  // dnorm_weight and dnorm_bias [P]; and for long images the panels of every block, the sums of its
+  // normalisation, and dq [N, D] for each part of the keys.
   struct Partials {
     T* dweight;
-    double *dbias, *dnorm_weight, *dnorm_bias;
+    double *dbias, *dgamma, *dnorm_weight, *dnorm_bias;
     static int64_t matrix(const Sizes& s) { return s.O() * padded(s.P); }
-    static int64_t vectors(const Sizes& s) { return s.O() + 2 * s.P; }
+    static int64_t vectors(const Sizes& s) { return 2 * s.O() + 2 * s.P; }
     Partials(T* matrices, double* all_vectors, const Sizes& s, int64_t part)
         : dweight(matrices + part * matrix(s)),
           dbias(all_vectors + part * vectors(s)),
-          dnorm_weight(dbias + s.O()),
+          dgamma(dbias + s.O()),
+          dnorm_weight(dgamma + s.O()),
           dnorm_bias(dnorm_weight + s.P) {}
+    void clear(const Sizes& s) const {
+      for (int64_t i = 0; i < matrix(s); ++i) dweight[i] = 0;
+      for (int64_t i = 0; i < vectors(s); ++i) dbias[i] = 0;
+    }
   };
   struct Workspace {
     Bump bump;
     T* partial_matrices;
     double* partial_vectors;
+    double* channel_sums;  // [2, O]: of all parts
     NormSums* sums = nullptr;
     T* dq_parts = nullptr;
-    char* panels = nullptr;
-    int64_t panels_bytes = 0;
-    Workspace(void* base, const Sizes& s)
+    char *panels = nullptr, *all_staged = nullptr;
+    int64_t panels_bytes = 0, staged_bytes = 0;
+    Workspace(void* base, const Params& a)
         : bump(base),
-          partial_matrices(bump.take<T>(total_parts(s) * Partials::matrix(s))),
-          partial_vectors(bump.take<double>(total_parts(s) * Partials::vectors(s))) {
+          partial_matrices(bump.take<T>(total_parts(a.sizes) * Partials::matrix(a.sizes))),
+          partial_vectors(bump.take<double>(total_parts(a.sizes) * Partials::vectors(a.sizes))),
+          channel_sums(bump.take<double>(2 * a.sizes.O())) {
+      const Sizes& s = a.sizes;
+      if (stages(a)) {
+        Bump measure(nullptr);
+        Staged(measure, a, unit_ld(s));
+        staged_bytes = measure.used();
+        all_staged = bump.take<char>(units(s) * staged_bytes);
+      }
       if (is_short(s)) return;
       sums = bump.take<NormSums>(s.B * blocks(s));
       dq_parts = bump.take<T>(s.B * parts(s).parts * s.N * padded(s.D));
@@ -101,6 +128,10 @@ struct ShsaBackward {
       Panels(measure, s, kBlockLd);
       panels_bytes = measure.used();
       panels = bump.take<char>(s.B * blocks(s) * panels_bytes);
+    }
+    Staged staged(const Params& a, int64_t unit) const {
+      Bump at(all_staged + unit * staged_bytes);
+      return Staged(at, a, unit_ld(a.sizes));
     }
     Partials partials(const Sizes& s, int64_t part) const {
       return Partials(partial_matrices, partial_vectors, s, part);
@@ -114,25 +145,29 @@ struct ShsaBackward {
     }
   };
 
+  // Phases: recompute, attend, sums over channels, their total, project, store, parameters. Short images do the
+  // first five in one or, with batch normalisation, attend and then project.
   static Plan plan(const Params& a) {
     const Sizes& s = a.sizes;
+    const bool batch_norm = a.batch_norm.mean;
     Plan plan;
     plan.flops = 2 * s.B * s.N * (3 * s.O() * s.P + s.N * (3 * s.D + 2 * s.P)) + s.B * s.C * s.N;
     Bump bump(nullptr);
     scratch_of(bump, nullptr, s);
-    if (is_short(s)) Panels(bump, s, Groups<T, VB>(s).ld);
-    plan.scratch_bytes = bump.used();
-    plan.workspace_bytes = Workspace(nullptr, s).bump.used();
     if (is_short(s)) {
-      plan.phases = 2;
-      plan.tasks[0] = parts(s).parts;
-      plan.tasks[1] = 1;
-    } else {
-      plan.phases = 5;
-      plan.tasks[0] = plan.tasks[3] = s.B * blocks(s);
-      plan.tasks[1] = plan.tasks[2] = s.B * parts(s).parts;
-      plan.tasks[4] = 1;
+      Panels(bump, s, unit_ld(s));
+      Staged(bump, a, unit_ld(s));
     }
+    plan.scratch_bytes = bump.used();
+    plan.workspace_bytes = Workspace(nullptr, a).bump.used();
+    plan.phases = 7;
+    plan.tasks[6] = 1;
+    plan.tasks[4] = total_parts(s);
+    if (batch_norm) plan.tasks[3] = 1;
+    if (batch_norm || !is_short(s)) plan.tasks[1] = total_parts(s);
+    if (is_short(s)) return plan;
+    plan.tasks[0] = plan.tasks[5] = s.B * blocks(s);
+    plan.tasks[2] = total_parts(s);
     return plan;
   }
 
@@ -140,21 +175,21 @@ struct ShsaBackward {
     const Sizes& s = a.sizes;
     Bump bump(nullptr);
     const Scratch scratch = scratch_of(bump, memory, s);
-    const Workspace workspace(a.workspace, s);
+    const Workspace workspace(a.workspace, a);
+    if (phase == 3) total_channels(a, workspace);
+    if (phase == 6) finish_parameters(a, workspace);
     if (is_short(s)) {
-      if (phase == 0) run_part(a, task, scratch, bump, workspace);
-      if (phase == 1) finish_parameters(a, workspace);
+      if (phase == 1 || phase == 4) run_part(a, phase == 4, task, scratch, bump, workspace);
       return;
     }
     if (phase == 0) recompute_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
     if (phase == 1) attend_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
-    if (phase == 2) project_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
-    if (phase == 3) store_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
-    if (phase == 4) finish_parameters(a, workspace);
+    if (phase == 2) sum_part(a, task / parts(s).parts, task % parts(s).parts, workspace);
+    if (phase == 4) project_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
+    if (phase == 5) store_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
   }
 
   static const T* typed(const void* p) { return static_cast<const T*>(p); }
-  static bool needs_projection(const Params& a) { return a.dqkv_weight || a.dqkv_bias; }
   static bool needs_z(const Params& a) { return a.dx || a.dnorm_weight || a.dnorm_bias; }
 
   static ImageView<const S> whole(const Params& a, const void* data, int64_t image) {
@@ -256,19 +291,41 @@ struct ShsaBackward {
       gemm<T, VB>(s.O(), s.P, columns, {dqkv, ld, 1}, scratch.zt, padded(s.P), partials.dweight, padded(s.P),
                   Init::kAccumulate);
     }
-    if (a.dqkv_bias) {
+    if (a.dqkv_bias)
       for (int64_t o = 0; o < s.O(); ++o)
         partials.dbias[o] +=
             sum_row<VB, T>(columns, [&](auto lane, int64_t t) { return load_as(dqkv + o * ld + t, lane); });
-    }
     if (needs_z(a)) gemm<T, VB>(s.P, columns, s.O(), {typed(a.qkv_weight), 1, s.P}, dqkv, ld, dz, ld);
   }
 
-  static Partials cleared_partials(const Sizes& s, int64_t part, const Workspace& workspace) {
-    const Partials partials = workspace.partials(s, part);
-    for (int64_t i = 0; i < Partials::matrix(s); ++i) partials.dweight[i] = 0;
-    for (int64_t i = 0; i < Partials::vectors(s); ++i) partials.dbias[i] = 0;
-    return partials;
+  // q, k and v of a panel; with batch normalisation also its normal form.
+  static void project_panel(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv, T* normal) {
+    if (a.batch_norm.mean) {
+      project<T, VB>(a.sizes, a.qkv_weight, nullptr, 1, columns, ld, z, normal);
+      normalise_channels<VB>(a.batch_norm, a.sizes, a.scale, columns, ld, normal, qkv);
+    } else {
+      project<T, VB>(a.sizes, a.qkv_weight, a.qkv_bias, a.scale, columns, ld, z, qkv);
+    }
+  }
+
+  static void total_channels(const Params& a, const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    // dgamma follows dbias (which here is dbeta) in the parts and in the total.
+    add_parts(workspace.partials(s, 0).dbias, total_parts(s), Partials::vectors(s), 2 * s.O(),
+              workspace.channel_sums);
+    T *dbeta = static_cast<T*>(a.dbn_bias), *dgamma = static_cast<T*>(a.dbn_weight);
+    for (int64_t o = 0; o < s.O(); ++o) {
+      if (dbeta) dbeta[o] = static_cast<T>(workspace.channel_sums[o]);
+      if (dgamma) dgamma[o] = static_cast<T>(workspace.channel_sums[s.O() + o]);
+    }
+  }
+
+  // From the gradient behind the batch normalisation to that of the bare projection, in n columns.
+  static void through_batch_norm(const Params& a, int64_t n, int64_t ld, const Staged& staged,
+                                 const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    channel_backward<VB>(a.batch_norm, workspace.channel_sums, workspace.channel_sums + s.O(),
+                         static_cast<double>(s.B * s.N), s.O(), n, ld, staged.dqkv, staged.normal);
   }
 
   // dx of the channels beyond P, and of the first P from their panel.
@@ -285,31 +342,47 @@ struct ShsaBackward {
     }
   }
 
-  static void run_part(const Params& a, int64_t part, const Scratch& scratch, Bump bump,
+  // With batch normalisation either attends or, when `finishes`, does the rest.
+  static void run_part(const Params& a, bool finishes, int64_t part, const Scratch& scratch, Bump bump,
                        const Workspace& workspace) {
-    const Groups<T, VB> groups(a.sizes);
-    const Panels panels(bump, a.sizes, groups.ld);
-    const Partials partials = cleared_partials(a.sizes, part, workspace);
-    const Parts cut = parts(a.sizes);
-    for (int64_t group = cut.begin(part); group < cut.end(part); ++group)
-      run_group(a, groups, group, scratch, panels, partials);
+    const Sizes& s = a.sizes;
+    const Groups<T, VB> groups(s);
+    const Panels panels(bump, s, groups.ld);
+    const Staged own(bump, a, groups.ld);
+    const Partials partials = workspace.partials(s, part);
+    const bool batch_norm = a.batch_norm.mean;
+    if (!batch_norm || !finishes) partials.clear(s);
+    const Parts cut = parts(s);
+    for (int64_t group = cut.begin(part); group < cut.end(part); ++group) {
+      const Staged staged = batch_norm ? workspace.staged(a, group) : own;
+      if (!batch_norm || !finishes) attend_group(a, groups, group, scratch, panels, staged, partials);
+      if (!batch_norm || finishes)
+        project_group(a, groups, group, scratch, panels, staged, partials, workspace);
+    }
   }
 
-  static void run_group(const Params& a, const Groups<T, VB>& groups, int64_t group, const Scratch& scratch,
-                        const Panels& panels, const Partials& partials) {
+  static void load_group(const Params& a, const Groups<T, VB>& groups, int64_t group, const Scratch& scratch) {
+    for (int64_t i = 0; i < groups.size(group, a.sizes.B); ++i) {
+      const int64_t column = i * groups.distance;
+      load_z(a, groups.begin(group) + i, 0, a.sizes.N, groups.ld, scratch.normal + column, scratch.z + column);
+    }
+  }
+
+  static void attend_group(const Params& a, const Groups<T, VB>& groups, int64_t group, const Scratch& scratch,
+                           const Panels& panels, const Staged& staged, const Partials& partials) {
     const Sizes& s = a.sizes;
     const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
     const int64_t columns = images * groups.distance;
+    load_group(a, groups, group, scratch);
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance;
-      load_z(a, first + i, 0, s.N, ld, scratch.normal + column, scratch.z + column);
       load_dout(a, first + i, 0, s.N, ld, scratch.y + column, panels.dout + column, panels.delta + column);
     }
-    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, columns, ld, scratch.z, panels.qkv);
+    project_panel(a, columns, ld, scratch.z, panels.qkv, staged.normal);
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance, offset = (first + i) * s.N;
       const T* qkv = panels.qkv + column;
-      T* dqkv = panels.dqkv + column;
+      T* dqkv = staged.dqkv + column;
       transpose(qkv + s.D * ld, ld, s.D, s.N, scratch.kt, padded(s.D));
       const Queries queries{
           qkv, panels.dout + column, nullptr, typed(a.row_max) + offset, typed(a.row_sum) + offset, s.N, ld};
@@ -318,10 +391,25 @@ struct ShsaBackward {
         gemm<T, VB>(rows, s.D, s.N, dS, scratch.kt, d_ld, scratch.dqt, d_ld);
         transpose(scratch.dqt, d_ld, rows, s.D, dqkv + row, ld);
       });
-      clear_columns(dqkv, s.O(), ld, s.N, groups.distance);
+      scale_rows(s, a.scale, s.N, ld, dqkv);
+      if (a.batch_norm.mean)
+        channel_sums<VB>(dqkv, staged.normal + column, s.O(), s.N, ld, partials.dbias, partials.dgamma);
     }
-    scale_rows(s, a.scale, columns, ld, panels.dqkv);
-    project_backward(a, columns, ld, panels.dqkv, scratch.z, panels.dz, scratch, partials);
+  }
+
+  static void project_group(const Params& a, const Groups<T, VB>& groups, int64_t group, const Scratch& scratch,
+                            const Panels& panels, const Staged& staged, const Partials& partials,
+                            const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
+    const int64_t columns = images * groups.distance;
+    if (a.batch_norm.mean) {
+      load_group(a, groups, group, scratch);
+      through_batch_norm(a, columns, ld, staged, workspace);
+    }
+    for (int64_t i = 0; i < images; ++i)
+      clear_columns(staged.dqkv + i * groups.distance, s.O(), ld, s.N, groups.distance);
+    project_backward(a, columns, ld, staged.dqkv, scratch.z, panels.dz, scratch, partials);
     if (!needs_z(a)) return;
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance;
@@ -343,7 +431,7 @@ struct ShsaBackward {
     const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
     const Panels panels = workspace.block(s, image, block);
     load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
-    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, n, kBlockLd, scratch.z, panels.qkv);
+    project_panel(a, n, kBlockLd, scratch.z, panels.qkv, workspace.staged(a, image * blocks(s) + block).normal);
     load_dout(a, image, token, n, kBlockLd, scratch.y, panels.dout, panels.delta);
   }
 
@@ -357,8 +445,8 @@ struct ShsaBackward {
       const Panels key_panels = workspace.block(s, image, kb);
       const int64_t key_count = min64(kBlockTokens, s.N - kb * kBlockTokens), ld = kBlockLd;
       const T* k = key_panels.qkv + s.D * ld;
-      const Keys keys{k, k + s.D * ld, key_panels.dqkv + s.D * ld, key_panels.dqkv + 2 * s.D * ld, key_count,
-                      ld};
+      T* dk = workspace.staged(a, image * blocks(s) + kb).dqkv + s.D * ld;
+      const Keys keys{k, k + s.D * ld, dk, dk + s.D * ld, key_count, ld};
       transpose(k, ld, s.D, key_count, scratch.kt, padded(s.D));
       for (int64_t qb = 0; qb < blocks(s); ++qb) {
         const Panels panels = workspace.block(s, image, qb);
@@ -379,25 +467,41 @@ struct ShsaBackward {
     }
   }
 
-  static void project_part(const Params& a, int64_t image, int64_t part, const Scratch& scratch,
-                           const Workspace& workspace) {
+  // dqkv of a part complete, and its sums over tokens.
+  static void sum_part(const Params& a, int64_t image, int64_t part, const Workspace& workspace) {
     const Sizes& s = a.sizes;
     const Parts cut = parts(s);
     const int64_t d_ld = padded(s.D);
-    const Partials partials = cleared_partials(s, image * cut.parts + part, workspace);
+    const Partials partials = workspace.partials(s, image * cut.parts + part);
+    partials.clear(s);
     for (int64_t block = cut.begin(part); block < cut.end(part); ++block) {
       const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
-      const Panels panels = workspace.block(s, image, block);
+      const Staged staged = workspace.staged(a, image * blocks(s) + block);
       T* dq = workspace.dq_part(s, image, 0) + token * d_ld;
       for (int64_t other = 1; other < cut.parts; ++other) {
         const T* more = workspace.dq_part(s, image, other) + token * d_ld;
         for (int64_t i = 0; i < n * d_ld; ++i) dq[i] += more[i];
       }
-      transpose(dq, d_ld, n, s.D, panels.dqkv, kBlockLd);
-      clear_columns(panels.dqkv, s.O(), kBlockLd, n, round_up(n, kColumnStep<T, VB>));
-      scale_rows(s, a.scale, n, kBlockLd, panels.dqkv);
+      transpose(dq, d_ld, n, s.D, staged.dqkv, kBlockLd);
+      scale_rows(s, a.scale, n, kBlockLd, staged.dqkv);
+      if (a.batch_norm.mean)
+        channel_sums<VB>(staged.dqkv, staged.normal, s.O(), n, kBlockLd, partials.dbias, partials.dgamma);
+    }
+  }
+
+  static void project_part(const Params& a, int64_t image, int64_t part, const Scratch& scratch,
+                           const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const Parts cut = parts(s);
+    const Partials partials = workspace.partials(s, image * cut.parts + part);
+    for (int64_t block = cut.begin(part); block < cut.end(part); ++block) {
+      const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
+      const Panels panels = workspace.block(s, image, block);
+      const Staged staged = workspace.staged(a, image * blocks(s) + block);
+      if (a.batch_norm.mean) through_batch_norm(a, n, kBlockLd, staged, workspace);
+      clear_columns(staged.dqkv, s.O(), kBlockLd, n, round_up(n, kColumnStep<T, VB>));
       if (a.dqkv_weight || a.norm_weight) load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
-      project_backward(a, n, kBlockLd, panels.dqkv, scratch.z, panels.dz, scratch, partials);
+      project_backward(a, n, kBlockLd, staged.dqkv, scratch.z, panels.dz, scratch, partials);
       if (needs_z(a) && a.norm_weight)
         workspace.sums[image * blocks(s) + block] =
             norm_sums<VB>(panels.dz, scratch.normal, s.P, n, kBlockLd, typed(a.norm_weight),

@@ -3,9 +3,10 @@
 // Everything is computed in columns of tokens: z [P, n], qkv [O, n] = W z + b, scores [keys, queries], so that
 // the softmax over keys runs down columns and no operand needs packing. Short images are one task from the load
 // of x to the store of y. Long images stage q, k and v in blocks of tokens and run an online softmax over the
-// blocks.
+// blocks. With batch normalisation by the statistics of the batch, the projection of all images is staged.
 #pragma once
 
+#include "batch_norm.h"
 #include "panel.h"
 
 namespace {
@@ -74,48 +75,71 @@ struct ShsaForward {
         : bump(base), z(bump.take<T>(s.P * ld)), qkv(bump.take<T>(s.O() * ld)), state(bump, s, keys) {}
   };
   static Scratch scratch_of(void* base, const Sizes& s) {
-    return s.N <= kShortTokens ? Scratch(base, s, Groups<T, VB>(s).ld, s.N)
-                               : Scratch(base, s, kBlockLd, kBlockTokens);
+    return Scratch(base, s, unit_ld(s), is_short(s) ? s.N : kBlockTokens);
   }
 
-  // Staged blocks of long images, [B, blocks, O, kBlockLd], and the moments of each block.
+  static bool is_short(const Sizes& s) { return s.N <= kShortTokens; }
+  // A group of short images, or a block of a long one.
+  static int64_t units(const Sizes& s) { return is_short(s) ? Groups<T, VB>(s).count : s.B * blocks(s); }
+  static int64_t unit_ld(const Sizes& s) { return is_short(s) ? Groups<T, VB>(s).ld : kBlockLd; }
+  static int64_t unit_tokens(const Sizes& s, int64_t unit) {
+    if (is_short(s)) return Groups<T, VB>(s).size(unit, s.B) * s.N;
+    return min64(kBlockTokens, s.N - unit % blocks(s) * kBlockTokens);
+  }
+
+  // Staged projections [units, O, ld]; the moments of each block of long images, and of the projection.
   struct Workspace {
     Bump bump;
     T* qkv;
     Moments* moments;
-    Workspace(void* base, const Sizes& s)
+    ChannelMoments channels;
+    Workspace(void* base, const Params& a)
         : bump(base),
-          qkv(bump.take<T>(s.B * blocks(s) * s.O() * kBlockLd)),
-          moments(bump.take<Moments>(s.B * blocks(s))) {}
+          qkv(bump.take<T>(units(a.sizes) * a.sizes.O() * unit_ld(a.sizes))),
+          moments(is_short(a.sizes) ? nullptr : bump.take<Moments>(units(a.sizes))),
+          channels{a.batch_norm.mean ? bump.take<double>(2 * units(a.sizes) * a.sizes.O()) : nullptr,
+                   a.sizes.O()} {}
+    T* panel(const Sizes& s, int64_t unit) const { return qkv + unit * s.O() * unit_ld(s); }
   };
 
+  // Phases: measure, project, statistics of the projection, its normalisation, attend. Short images without
+  // batch normalisation do all in one.
   static Plan plan(const Params& a) {
     const Sizes& s = a.sizes;
     Plan plan;
     plan.flops = 2 * s.B * s.N * (s.O() * s.P + s.N * (s.D + s.P)) + s.B * s.C * s.N;
     plan.scratch_bytes = scratch_of(nullptr, s).bump.used();
-    if (s.N <= kShortTokens) {
-      plan.phases = 1;
-      plan.tasks[0] = Groups<T, VB>(s).count;
-    } else {
-      plan.phases = 3;
-      plan.tasks[0] = plan.tasks[1] = plan.tasks[2] = s.B * blocks(s);
-      plan.workspace_bytes = Workspace(nullptr, s).bump.used();
-    }
+    plan.phases = 5;
+    const bool staged = a.batch_norm.mean || !is_short(s);
+    plan.tasks[4] = units(s);
+    if (!staged) return plan;
+    plan.workspace_bytes = Workspace(nullptr, a).bump.used();
+    plan.tasks[0] = is_short(s) ? 0 : units(s);
+    plan.tasks[1] = units(s);
+    if (!a.batch_norm.mean) return plan;
+    plan.tasks[2] = 1;
+    plan.tasks[3] = is_short(s) ? 0 : units(s);
     return plan;
   }
 
-  static void run(const Params& a, int phase, int64_t task, char* memory) {
-    const Scratch scratch = scratch_of(memory, a.sizes);
-    if (a.sizes.N <= kShortTokens) {
-      run_group(a, task, scratch);
+  static void run(const Params& a, int phase, int64_t unit, char* memory) {
+    const Sizes& s = a.sizes;
+    const Scratch scratch = scratch_of(memory, s);
+    const Workspace workspace(a.workspace, a);
+    if (phase == 2) {
+      finish_statistics(a, workspace);
       return;
     }
-    const Workspace workspace(a.workspace, a.sizes);
-    const int64_t image = task / blocks(a.sizes), block = task % blocks(a.sizes);
+    if (is_short(s)) {
+      if (phase == 1) project_group(a, unit, scratch, workspace.panel(s, unit), &workspace);
+      if (phase == 4) attend_group(a, unit, scratch, workspace);
+      return;
+    }
+    const int64_t image = unit / blocks(s), block = unit % blocks(s);
     if (phase == 0) measure_block(a, image, block, scratch, workspace);
     if (phase == 1) project_block(a, image, block, scratch, workspace);
-    if (phase == 2) attend_long(a, image, block, scratch, workspace);
+    if (phase == 3) normalise_unit(a, unit, unit_tokens(s, unit), workspace);
+    if (phase == 4) attend_long(a, image, block, scratch, workspace);
   }
 
   static ImageView<const S> x(const Params& a, int64_t image) {
@@ -123,6 +147,35 @@ struct ShsaForward {
   }
   static ImageView<S> y(const Params& a, int64_t image) {
     return image_view(static_cast<S*>(a.y), image, a.sizes.C, a.sizes.N, a.channels_last);
+  }
+
+  static void finish_statistics(const Params& a, const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    T *mean = static_cast<T*>(a.batch_norm.mean), *variance = static_cast<T*>(a.batch_norm.variance);
+    const ChannelMoments& channels = workspace.channels;
+    const double count = static_cast<double>(s.B * s.N);
+    if (s.B > 0) merge_channels(channels, units(s), [&](int64_t unit) { return unit_tokens(s, unit); });
+    for (int64_t o = 0; o < s.O(); ++o) {
+      mean[o] = s.B > 0 ? static_cast<T>(channels.mean(0)[o]) : T(0);
+      variance[o] = s.B > 0 ? static_cast<T>(channels.squares(0)[o] / count) : T(0);
+    }
+  }
+
+  static void normalise_unit(const Params& a, int64_t unit, int64_t columns, const Workspace& workspace) {
+    T* panel = workspace.panel(a.sizes, unit);
+    normalise_channels<VB>(a.batch_norm, a.sizes, a.scale, columns, unit_ld(a.sizes), panel, panel);
+  }
+
+  static void copy_x1(const Params& a, int64_t image, int64_t token, int64_t n, const T* panel, int64_t ld) {
+    const Sizes& s = a.sizes;
+    if (!a.x1) return;
+    const auto x1 = image_view(static_cast<S*>(a.x1), image, s.P, s.N, a.channels_last);
+    store_panel<VB>(panel, ld, s.P, n, x1.at(0, token));
+  }
+
+  // With batch normalisation the bare projection.
+  static void project_panel(const Params& a, int64_t columns, int64_t ld, const T* z, T* qkv) {
+    project<T, VB>(a.sizes, a.qkv_weight, a.qkv_bias, a.batch_norm.mean ? 1 : a.scale, columns, ld, z, qkv);
   }
 
   // z of a panel of n tokens, in place. The block that `saves` keeps the image's statistics for the backward.
@@ -176,19 +229,38 @@ struct ShsaForward {
     }
   }
 
-  static void run_group(const Params& a, int64_t group, const Scratch& scratch) {
+  // `workspace` if the moments of the projection are wanted.
+  static void project_group(const Params& a, int64_t group, const Scratch& scratch, T* qkv,
+                            const Workspace* workspace) {
     const Sizes& s = a.sizes;
     const Groups<T, VB> groups(s);
     const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
     for (int64_t i = 0; i < images; ++i) {
       T* z = scratch.z + i * groups.distance;
       load_panel<VB>(x(a, first + i), s.P, s.N, z, ld);
+      copy_x1(a, first + i, 0, s.N, z, ld);
       const Moments m = a.norm_weight ? panel_moments<VB>(z, s.P, s.N, ld) : Moments{};
       normalise_panel(a, first + i, m, s.N, z, ld, true);
     }
-    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, images * groups.distance, ld, scratch.z, scratch.qkv);
+    project_panel(a, images * groups.distance, ld, scratch.z, qkv);
+    if (workspace)
+      for (int64_t i = 0; i < images; ++i)
+        measure_channels<VB>(workspace->channels, group, qkv + i * groups.distance, s.N, ld, i * s.N);
+  }
+
+  static void attend_group(const Params& a, int64_t group, const Scratch& scratch, const Workspace& workspace) {
+    const Sizes& s = a.sizes;
+    const Groups<T, VB> groups(s);
+    const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
+    T* panel = scratch.qkv;
+    if (a.batch_norm.mean) {
+      panel = workspace.panel(s, group);
+      normalise_unit(a, group, images * groups.distance, workspace);
+    } else {
+      project_group(a, group, scratch, panel, nullptr);
+    }
     for (int64_t i = 0; i < images; ++i) {
-      const T* qkv = scratch.qkv + i * groups.distance;
+      const T* qkv = panel + i * groups.distance;
       for (int64_t t = 0; t < s.N; t += kQueryColumns) {
         const int64_t queries = min64(kQueryColumns, s.N - t);
         attend_block<T, VB>(s, qkv + t, qkv + s.D * ld, qkv + 2 * s.D * ld, ld, ld, queries, s.N, true,
@@ -216,24 +288,23 @@ struct ShsaForward {
     Moments m;
     if (a.norm_weight)
       for (int64_t i = 0; i < blocks(s); ++i) m.merge(workspace.moments[image * blocks(s) + i]);
+    copy_x1(a, image, token, n, scratch.z, kBlockLd);
     normalise_panel(a, image, m, n, scratch.z, kBlockLd, block == 0);
-    project<T, VB>(s, a.qkv_weight, a.qkv_bias, a.scale, n, kBlockLd, scratch.z,
-                   workspace.qkv + task_offset(s, image, block));
-  }
-
-  static int64_t task_offset(const Sizes& s, int64_t image, int64_t block) {
-    return (image * blocks(s) + block) * s.O() * kBlockLd;
+    const int64_t unit = image * blocks(s) + block;
+    T* panel = workspace.panel(s, unit);
+    project_panel(a, n, kBlockLd, scratch.z, panel);
+    if (a.batch_norm.mean) measure_channels<VB>(workspace.channels, unit, panel, n, kBlockLd, 0);
   }
 
   static void attend_long(const Params& a, int64_t image, int64_t block, const Scratch& scratch,
                           const Workspace& workspace) {
     const Sizes& s = a.sizes;
     const int64_t token = block * kBlockTokens, n = min64(kBlockTokens, s.N - token);
-    const T* q = workspace.qkv + task_offset(s, image, block);
+    const T* q = workspace.panel(s, image * blocks(s) + block);
     for (int64_t t = 0; t < n; t += kQueryColumns) {
       const int64_t queries = min64(kQueryColumns, n - t);
       for (int64_t b = 0; b < blocks(s); ++b) {
-        const T* k = workspace.qkv + task_offset(s, image, b) + s.D * kBlockLd;
+        const T* k = workspace.panel(s, image * blocks(s) + b) + s.D * kBlockLd;
         attend_block<T, VB>(s, q + t, k, k + s.D * kBlockLd, kBlockLd, kBlockLd, queries,
                             min64(kBlockTokens, s.N - b * kBlockTokens), b == 0, scratch.state);
       }

@@ -17,8 +17,8 @@ constexpr shvit::Kernel<typename K::Params> kernel() {
 
 template <class S, int VB>
 constexpr shvit::Kernels kernels() {
-  return {kernel<ShsaForward<S, VB>>(),     kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
-          kernel<MomentsBackward<S, VB>>(), kernel<FoldForward<S, VB>>(),  kernel<FoldBackward<S, VB>>()};
+  return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
+          kernel<MomentsBackward<S, VB>>(), kernel<Fold<S, VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.
