@@ -24,16 +24,14 @@ from torch import Tensor
 
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded, precision, row_maximum, split
-from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .norm_backward import InputGradient, Rest, finish_input_gradient, reduce_parts
 from .projection import affine, load_row, project, weight_tiles
 from .tiles import Tiles, affine_tile, both, element, normal_tile, tile_tokens
-from .tokens import load_tokens, normalised
+from .tokens import before_relu, load_tokens, normalised
 
 MOST_SHORT_TOKENS = 64
 MOST_SHORT_CHANNELS = 128
 MOST_SHORT_WIDTH = 32
-COPIED = 2048
-"""Elements of the channels beyond P that one program handles."""
 PARTS = 64
 """Parts of the weight's gradient, at most."""
 
@@ -60,27 +58,11 @@ class Settings(NamedTuple):
 
 
 @triton.jit
-def _masked_by_relu(dy, y, offsets, mask, RELU: tl.constexpr):
-    """The gradient before ReLU: where y > 0 or NaN."""
+def _output_gradient(dy, y, offsets, mask, RELU: tl.constexpr):
     values = tl.load(dy + offsets, mask, 0.0)
     if RELU:
-        values = tl.where(tl.load(y + offsets, mask, 0.0) <= 0.0, 0.0, values)
+        values = before_relu(values, y, offsets, mask)
     return values
-
-
-@triton.jit
-def _pass_rest(
-    dy, y, dx, block, C, P, N, LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The gradient of one block of the channels from P on."""
-    size = (C - P) * N
-    blocks = tl.cdiv(size, BLOCK)
-    image = (block // blocks).to(tl.int64) * C * N
-    e = block % blocks * BLOCK + tl.arange(0, BLOCK)
-    offsets = image + P * N + e
-    if LAST:
-        offsets = image + e // (C - P) * C + P + e % (C - P)
-    tl.store(dx + offsets, _masked_by_relu(dy, y, offsets, e < size, RELU), e < size)
 
 
 @triton.jit
@@ -94,17 +76,16 @@ def _before_norm(hat, o, end, bn_weight, bn_bias):
 
 
 @triton.jit
-def _leave(value, hat, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NORM: tl.constexpr):
-    """Store some columns of dqkv, and the parts of their means. ``sums`` is that of the tile, [kinds, O]."""
-    tl.store(dqkv + rows[:, None] * ld + o[None, :], value.to(dqkv.dtype.element_ty), both(valid, o, end))
+def _leave(value, hat, dqkv, hats, sums, rows, o, end, valid, ld, O, BATCH_NORM: tl.constexpr):
+    """Store some columns of dqkv and of hats, if given, and what the tile adds to their means: ``sums`` [kinds, O]."""
+    offsets = rows[:, None] * ld + o[None, :]
+    mask = both(valid, o, end)
+    tl.store(dqkv + offsets, value.to(dqkv.dtype.element_ty), mask)
     tl.store(sums + o, tl.sum(value, 0), o < end)
     if BATCH_NORM:
         tl.store(sums + O + o, tl.sum(value * hat, 0), o < end)
-
-
-@triton.jit
-def _keep(hat, hats, rows, o, end, valid, ld):
-    tl.store(hats + rows[:, None] * ld + o[None, :], hat.to(hats.dtype.element_ty), both(valid, o, end))
+        if hats is not None:
+            tl.store(hats + offsets, hat.to(hats.dtype.element_ty), mask)
 
 
 # Short images: one program takes one image
@@ -112,95 +93,67 @@ def _keep(hat, hats, rows, o, end, valid, ld):
 
 @triton.jit
 def _attend_short(
-    dy, y, x1, dx, mean, rstd, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
-    dqkv, hats, sums, scale, B, ld,
+    dy, y, x1, mean, rstd, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
+    dqkv, hats, sums, scale, ld,
     C: tl.constexpr, P: tl.constexpr, D: tl.constexpr, N: tl.constexpr, X1_LAST: tl.constexpr, LAST: tl.constexpr,
     RELU: tl.constexpr, TOKENS: tl.constexpr, DP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    PROJ: tl.constexpr, ATTN: tl.constexpr, COPIED: tl.constexpr,
+    BP: tl.constexpr, PROJ: tl.constexpr, ATTN: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
-    if image >= B:
-        _pass_rest(dy, y, dx, image - B, C, P, N, LAST, RELU, COPIED)
-    else:
-        BATCH_NORM: tl.constexpr = bn_mean is not None
-        O: tl.constexpr = 2 * D + P
-        dtype = x1.dtype.element_ty
-        images = image + tl.arange(0, 1)
-        n = tl.arange(0, TOKENS)
-        valid = n < N
-        within = valid[None, :, None]
+    BATCH_NORM: tl.constexpr = bn_mean is not None
+    O: tl.constexpr = 2 * D + P
+    dtype = x1.dtype.element_ty
+    images = image + tl.arange(0, 1)
+    n = tl.arange(0, TOKENS)
+    valid = n < N
+    within = valid[None, :, None]
 
-        z0 = load_tokens(x1, images, n, 0, N, P, P, P0, X1_LAST, within).to(tl.float32)
-        z1 = z0
+    z0 = load_tokens(x1, images, n, 0, N, P, P, P0, X1_LAST, within).to(tl.float32)
+    z1 = z0
+    if P1 > 0:
+        z1 = load_tokens(x1, images, n, P0, N, P, P, P1, X1_LAST, within).to(tl.float32)
+    if norm_weight is not None:
+        m = tl.load(mean + images)
+        r = tl.load(rstd + images)
+        z0 = normalised(z0, m, r, norm_weight, norm_bias, 0, P, P0, within)
         if P1 > 0:
-            z1 = load_tokens(x1, images, n, P0, N, P, P, P1, X1_LAST, within).to(tl.float32)
-        if norm_weight is not None:
-            m = tl.load(mean + images)
-            r = tl.load(rstd + images)
-            z0 = normalised(z0, m, r, norm_weight, norm_bias, 0, P, P0, within)
-            if P1 > 0:
-                z1 = normalised(z1, m, r, norm_weight, norm_bias, P0, P, P1, within)
-        z0 = z0.to(dtype).reshape(TOKENS, P0)
-        if P1 > 0:
-            z1 = z1.to(dtype).reshape(TOKENS, P1)
+            z1 = normalised(z1, m, r, norm_weight, norm_bias, P0, P, P1, within)
+    z0 = z0.to(dtype).reshape(TOKENS, P0)
+    if P1 > 0:
+        z1 = z1.to(dtype).reshape(TOKENS, P1)
 
-        oq = tl.arange(0, DP)
-        ok = D + tl.arange(0, DP)
-        ov0 = 2 * D + tl.arange(0, P0)
-        ov1 = 2 * D + P0 + tl.arange(0, P1 if P1 > 0 else P0)
-        end0: tl.constexpr = 2 * D + (P0 if P1 > 0 else P)
-        hq = _normalised_projection(z0, z1, weight, oq, D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
-        hk = _normalised_projection(z0, z1, weight, ok, 2 * D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
-        hv0 = _normalised_projection(z0, z1, weight, ov0, end0, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
-        hv1 = hv0
-        if P1 > 0:
-            hv1 = _normalised_projection(z0, z1, weight, ov1, O, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
-        q = _before_norm(hq, oq, D, bn_weight, bn_bias).to(dtype)
-        k = _before_norm(hk, ok, 2 * D, bn_weight, bn_bias).to(dtype)
-        v0 = _before_norm(hv0, ov0, end0, bn_weight, bn_bias).to(dtype)
+    oq = tl.arange(0, DP)
+    ok = D + tl.arange(0, DP)
+    hq = _normalised_projection(z0, z1, weight, oq, D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+    hk = _normalised_projection(z0, z1, weight, ok, 2 * D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+    q = _before_norm(hq, oq, D, bn_weight, bn_bias).to(dtype)
+    k = _before_norm(hk, ok, 2 * D, bn_weight, bn_bias).to(dtype)
+    logits = tl.where(valid[None, :], dot(q, k.trans(), ATTN) * scale, float("-inf"))
+    p = tl.exp(logits - row_maximum(logits, 1)[:, None])
+    pairs = valid[:, None] & valid[None, :]
+    p = tl.where(pairs, p / tl.sum(p, 1)[:, None], 0.0)
 
-        logits = tl.where(valid[None, :], dot(q, k.trans(), ATTN) * scale, float("-inf"))
-        p = tl.exp(logits - row_maximum(logits, 1)[:, None])
-        pairs = valid[:, None] & valid[None, :]
-        p = tl.where(pairs, p / tl.sum(p, 1)[:, None], 0.0)
+    to = sums + image.to(tl.int64) * (2 if BATCH_NORM else 1) * O
+    rows = image.to(tl.int64) * N + n
+    own = image.to(tl.int64) * C * N
+    dp = tl.zeros([TOKENS, TOKENS], tl.float32)
+    for start in range(0, P, BP):  # in blocks, for want of registers
+        c = start + tl.arange(0, BP)
+        dout = _output_gradient(dy + own, y + own, element(n * 0, c, n, C, N, LAST), both(valid, c, P), RELU)
+        hv = _normalised_projection(z0, z1, weight, 2 * D + c, O, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
+        v = _before_norm(hv, 2 * D + c, O, bn_weight, bn_bias).to(dtype)
+        dp = dot(dout, v.trans(), ATTN, dp)
+        dv = dot(p.to(dtype).trans(), dout, ATTN)
+        _leave(dv, hv, dqkv, hats, to, rows, 2 * D + c, O, valid, ld, O, BATCH_NORM)
 
-        own = image.to(tl.int64) * C * N
-        c0 = tl.arange(0, P0)
-        offsets = own + element(n * 0, c0, n, C, N, LAST)
-        dout0 = _masked_by_relu(dy, y, offsets, both(valid, c0, P), RELU)
-        dp = dot(dout0, v0.trans(), ATTN)
-        dv0 = dot(p.to(dtype).trans(), dout0, ATTN)
-        dv1 = dv0
-        if P1 > 0:
-            v1 = _before_norm(hv1, ov1, O, bn_weight, bn_bias).to(dtype)
-            c1 = P0 + tl.arange(0, P1)
-            offsets = own + element(n * 0, c1, n, C, N, LAST)
-            dout1 = _masked_by_relu(dy, y, offsets, both(valid, c1, P), RELU)
-            dp = dot(dout1, v1.trans(), ATTN, dp)
-            dv1 = dot(p.to(dtype).trans(), dout1, ATTN)
-
-        # Divided by the sum of p, which is 1 but for rounding: one key alone then leaves exactly nothing.
-        dp = tl.where(pairs, dp, 0.0)
-        total = tl.sum(p, 1)
-        delta = tl.sum(p * dp, 1) / tl.where(valid, total, 1.0)
-        dlogits = tl.where(pairs, p * (dp - delta[:, None]), 0.0).to(dtype)
-        dq = dot(dlogits, k, ATTN) * scale
-        dk = dot(dlogits.trans(), q, ATTN) * scale
-
-        kinds: tl.constexpr = 2 if BATCH_NORM else 1
-        to = sums + image.to(tl.int64) * kinds * O
-        rows = image.to(tl.int64) * N + n
-        _leave(dq, hq, dqkv, to, rows, oq, D, valid, ld, O, BATCH_NORM)
-        _leave(dk, hk, dqkv, to, rows, ok, 2 * D, valid, ld, O, BATCH_NORM)
-        _leave(dv0, hv0, dqkv, to, rows, ov0, end0, valid, ld, O, BATCH_NORM)
-        if P1 > 0:
-            _leave(dv1, hv1, dqkv, to, rows, ov1, O, valid, ld, O, BATCH_NORM)
-        if BATCH_NORM:
-            _keep(hq, hats, rows, oq, D, valid, ld)
-            _keep(hk, hats, rows, ok, 2 * D, valid, ld)
-            _keep(hv0, hats, rows, ov0, end0, valid, ld)
-            if P1 > 0:
-                _keep(hv1, hats, rows, ov1, O, valid, ld)
+    # Divided by the sum of p, which is 1 but for rounding: one key alone then leaves exactly nothing.
+    dp = tl.where(pairs, dp, 0.0)
+    delta = tl.sum(p * dp, 1) / tl.where(valid, tl.sum(p, 1), 1.0)
+    dlogits = tl.where(pairs, p * (dp - delta[:, None]), 0.0).to(dtype)
+    dq = dot(dlogits, k, ATTN) * scale
+    _leave(dq, hq, dqkv, hats, to, rows, oq, D, valid, ld, O, BATCH_NORM)
+    dk = dot(dlogits.trans(), q, ATTN) * scale
+    _leave(dk, hk, dqkv, hats, to, rows, ok, 2 * D, valid, ld, O, BATCH_NORM)
 
 
 @triton.jit
@@ -219,7 +172,7 @@ def _normalised_projection(
 
 @triton.jit
 def _stage(
-    dy, y, x1, dx, mean, rstd, norm_weight, norm_bias, weight, bias, bn_mean, bn_var, bn_eps, hats, dout, delta,
+    dy, y, x1, mean, rstd, norm_weight, norm_bias, weight, bias, bn_mean, bn_var, bn_eps, hats, dout, delta,
     B, C, P, N, O, ld, dout_ld, blocks, X1_LAST: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
     IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PROJ: tl.constexpr,
 ):  # fmt: skip
@@ -237,13 +190,14 @@ def _stage(
             w = tl.load(weight + o[None, :] * P + c[:, None], both(c < P, o, O), 0.0)
             product = dot(z.to(dtype), w.to(dtype), PROJ, product)
         factor, offset = affine(o, O, bias, None, None, bn_mean, bn_var, bn_eps)
-        _keep(product * factor[None, :] + offset[None, :], hats, rows, o, O, valid, ld)
+        hat = (product * factor[None, :] + offset[None, :]).to(hats.dtype.element_ty)
+        tl.store(hats + rows[:, None] * ld + o[None, :], hat, both(valid, o, O))
     else:
         total = tl.zeros([IMAGES * PITCH], tl.float32)
         for start in range(0, P, BK):
             c = start + tl.arange(0, BK)
             offsets = first * C * N + element(image, c, n, C, N, LAST)
-            values = _masked_by_relu(dy, y, offsets, both(valid, c, P), RELU)
+            values = _output_gradient(dy, y, offsets, both(valid, c, P), RELU)
             tl.store(dout + rows[:, None] * dout_ld + c[None, :], values, both(valid, c, P))
             total += tl.sum(values.to(tl.float32) * tl.load(y + offsets, both(valid, c, P), 0.0).to(tl.float32), 1)
         tl.store(delta + rows, total, valid)
@@ -392,12 +346,7 @@ def _leave_staged(value, hats, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NOR
     hat = value
     if BATCH_NORM:
         hat = tl.load(hats + rows[:, None] * ld + o[None, :], both(valid, o, end), 0.0).to(tl.float32)
-    _leave(value, hat, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NORM)
-
-
-@triton.jit
-def _pass(dy, y, dx, C, P, N, LAST: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr):
-    _pass_rest(dy, y, dx, tl.program_id(0), C, P, N, LAST, RELU, BLOCK)
+    _leave(value, hat, dqkv, None, sums, rows, o, end, valid, ld, O, BATCH_NORM)
 
 
 # Through the projection
@@ -535,7 +484,6 @@ class AttentionGradient(NamedTuple):
 
 def _attention_gradient(
     dy: Tensor,
-    dx: Tensor | None,
     saved: Saved,
     norm: tuple[Tensor | None, Tensor | None],
     weight: Tensor,
@@ -543,42 +491,38 @@ def _attention_gradient(
     batch_norm: BatchNorm | None,
     settings: Settings,
 ) -> AttentionGradient:
-    """dqkv, and dx of the channels from P on."""
     B, C, H, W = dy.shape
     x1, y, mean, rstd, row_max, row_sum = saved
     N, D = H * W, settings.qk_dim
     O, P = weight.shape
-    ld = triton.cdiv(O, 8) * 8
+    ld = triton.cdiv(O, 16) * 16  # aligned for vectors
     kinds = 1 if batch_norm is None else 2
     bn = batch_norm or BatchNorm(None, None, None, None, 0.0)
     dqkv = x1.new_empty(B * N, ld)
     layout = {"X1_LAST": channels_last(x1), "LAST": channels_last(dy), "RELU": settings.relu}
     proj, attn = precision(settings.tf32_proj), precision(settings.tf32_attn)
-    copies = 0 if dx is None else B * triton.cdiv((C - P) * N, COPIED)
     if _is_short(x1, D):
         hats = None if batch_norm is None else torch.empty_like(dqkv)
         sums = x1.new_empty(B, kinds, O, dtype=torch.float32)
         P0, P1 = split(P)
         tokens = padded(N)
-        _attend_short[(B + copies,)](
-            dy, y, x1, dx, mean, rstd, *norm, weight, bias, *bn, dqkv, hats, sums, settings.scale, B, ld,
-            C=C, P=P, D=D, N=N, TOKENS=tokens, DP=padded(D), P0=P0, P1=P1, PROJ=proj, ATTN=attn, COPIED=COPIED,
-            num_warps=4 if tokens < 64 else 8, **layout,
+        _attend_short[(B,)](
+            dy, y, x1, mean, rstd, *norm, weight, bias, *bn, dqkv, hats, sums, settings.scale, ld,
+            C=C, P=P, D=D, N=N, TOKENS=tokens, DP=padded(D), P0=P0, P1=P1, BP=32, PROJ=proj, ATTN=attn,
+            num_warps=2 if tokens < 64 else 4, num_stages=1, **layout,
         )  # fmt: skip
         return AttentionGradient(dqkv, hats, sums)
     hats = torch.empty_like(dqkv)
-    dout_ld = triton.cdiv(P, 8) * 8
+    dout_ld = triton.cdiv(P, 16) * 16
     dout = x1.new_empty(B * N, dout_ld)
     delta = x1.new_empty(B, N, dtype=torch.float32)
     tiles = Tiles.of(B, N, _tile_tokens(x1))
     columns = 32
     _stage[(tiles.count, triton.cdiv(O, columns) + 1)](
-        dy, y, x1, dx, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
+        dy, y, x1, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
         B, C, P, N, O, ld, dout_ld, tiles.blocks,
         IMAGES=tiles.images, PITCH=tiles.pitch, BO=columns, BK=32, PROJ=proj, **layout,
     )  # fmt: skip
-    if copies:
-        _pass[(copies,)](dy, y, dx, C, P, N, LAST=layout["LAST"], RELU=settings.relu, BLOCK=COPIED)
     sums = x1.new_empty(B * tiles.blocks, kinds, O, dtype=torch.float32)
     _attend_long[(B * tiles.blocks, 2 + triton.cdiv(P, columns))](
         hats, dout, delta, row_max, row_sum, bn.weight, bn.bias, dqkv, sums, settings.scale, P, D, N, ld, dout_ld,
@@ -630,7 +574,7 @@ def gradients(
             saved = saved._replace(mean=None, rstd=None)
         x1 = saved.x1
         with on_device_of(x1):
-            attention = _attention_gradient(dy, dx, saved, norm, weight, bias, batch_norm, settings)
+            attention = _attention_gradient(dy, saved, norm, weight, bias, batch_norm, settings)
             means = None
             bn_weight = bn_var = None
             bn_eps = 0.0
@@ -656,14 +600,17 @@ def gradients(
                 if weight_programs + input_programs == 0:
                     continue
                 _through_projection[(weight_programs + input_programs,)](
-                    attention.dqkv, attention.hats, means, bn_weight, bn_var, bn_eps, x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts, B, C, P, N, O,
-                    attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
+                    attention.dqkv, attention.hats, means, bn_weight, bn_var, bn_eps,
+                    x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
+                    B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
                     BP=plan.channels, BK=32, WEIGHT_O=weight_block[0], WEIGHT_P=weight_block[1], STAGE=stage,
                     PROJ=precision(settings.tf32_proj), num_warps=8 if plan.channels > 64 else 4,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
-            reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias, dweight_parts, dweight, attention.sums, dbias)
+            rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)
+            sums = attention.sums
+            reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias, dweight_parts, dweight, sums, dbias, rest)
     return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *parameters))
 
 

@@ -13,13 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import padded
+from .common import channels_last, padded
+from .forward import copy_blocks
 from .tiles import Tiles, both, element, sum_of_image
+from .tokens import copy_rest
 
 MOST_WHOLE = 128
 """Channels up to which one program holds all of them."""
 MOST_CHUNK = 64
 """Channels of a program beyond that, and of long images."""
+REDUCED = 32
+"""Sums of one program."""
+COPIED = 4096
+"""Elements that one program copies."""
 
 
 @triton.jit
@@ -127,6 +133,15 @@ def sum_rows(source, target, rows, columns, stride, block, BLOCK: tl.constexpr, 
 
 
 @triton.jit
+def _pass_rest(
+    dy, y, dx, block, B, N, C, P, RELU: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if block >= 0:
+        copy_rest(dy, dx, block, B, N, C, P, RELU, LAST, VECTOR, ROWS, COLUMNS, y)
+
+
+@triton.jit
 def _reduce_parts(
     matrix_parts,
     dmatrix,
@@ -141,11 +156,25 @@ def _reduce_parts(
     dnorm_weight,
     dnorm_bias,
     tiles,
+    dy,
+    y,
+    dx,
+    B,
+    N,
+    C,
     P,
+    reductions,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COPY_ROWS: tl.constexpr,
+    COPY_COLUMNS: tl.constexpr,
 ):
     block = tl.program_id(0)
+    if dx is not None:
+        _pass_rest(dy, y, dx, block - reductions, B, N, C, P, RELU, LAST, VECTOR, COPY_ROWS, COPY_COLUMNS)
     if dmatrix is not None:
         sum_rows(matrix_parts, dmatrix, matrix_rows, matrix_size, matrix_size, block, BLOCK, ROWS)
         block -= tl.cdiv(matrix_size, BLOCK)
@@ -159,6 +188,16 @@ def _reduce_parts(
         sum_rows(dnorm_parts + P, dnorm_bias, tiles, P, 2 * P, block, BLOCK, ROWS)
 
 
+class Rest(NamedTuple):
+    """The channels from P on of a gradient, to be passed on through ReLU, if any."""
+
+    dy: Tensor
+    y: Tensor
+    dx: Tensor
+    P: int
+    relu: bool
+
+
 def reduce_parts(
     dnorm_parts: Tensor | None,
     dnorm_weight: Tensor | None,
@@ -167,28 +206,52 @@ def reduce_parts(
     dmatrix: Tensor | None = None,
     bias_parts: Tensor | None = None,
     dbias: Tensor | None = None,
+    rest: Rest | None = None,
 ) -> None:
-    """Fill the gradients that are given from their parts [parts, 2, P], [parts, O, P] and [parts, kinds, O]."""
+    """Fill the gradients that are given from their parts [parts, 2, P], [parts, O, P] and [parts, kinds, O].
+
+    ``rest`` goes with it because no other launch leaves as many registers to a copy.
+    """
     given = [t for t in (dmatrix, dbias, dnorm_weight, dnorm_bias) if t is not None]
-    if not given:
+    reductions = sum(triton.cdiv(t.numel(), REDUCED) for t in given)
+    copies, sizes = 0, {"VECTOR": 1, "ROWS": 1, "COLUMNS": 1}
+    dy = y = dx = None
+    B = C = N = 0
+    P = 0 if dnorm_parts is None else dnorm_parts.shape[2]
+    if rest is not None:
+        dy, y, dx, P, _ = rest
+        B, C, H, W = dy.shape
+        N = H * W
+        copies, sizes = copy_blocks(dx, P, COPIED)
+    if reductions + copies == 0:
         return
-    block = 32
-    sizes = [0 if t is None else t.numel() for t in (dmatrix, dbias)]
-    _reduce_parts[(sum(triton.cdiv(t.numel(), block) for t in given),)](
+    _reduce_parts[(reductions + copies,)](
         matrix_parts,
         dmatrix,
         0 if matrix_parts is None else matrix_parts.shape[0],
-        sizes[0],
+        0 if dmatrix is None else dmatrix.numel(),
         bias_parts,
         dbias,
         0 if bias_parts is None else bias_parts.shape[0],
         0 if bias_parts is None else bias_parts.stride(0),
-        sizes[1],
+        0 if dbias is None else dbias.numel(),
         dnorm_parts,
         dnorm_weight,
         dnorm_bias,
         0 if dnorm_parts is None else dnorm_parts.shape[0],
-        0 if dnorm_parts is None else dnorm_parts.shape[2],
-        BLOCK=block,
+        dy,
+        y,
+        dx,
+        B,
+        N,
+        C,
+        P,
+        reductions,
+        BLOCK=REDUCED,
         ROWS=32,
+        RELU=rest is not None and rest.relu,
+        LAST=dx is not None and channels_last(dx),
+        VECTOR=sizes["VECTOR"],
+        COPY_ROWS=sizes["ROWS"],
+        COPY_COLUMNS=sizes["COLUMNS"],
     )

@@ -64,19 +64,25 @@ def normalised(x, mean, rstd, norm_weight, norm_bias, first: tl.constexpr, P, CH
 
 
 @triton.jit
-def copy_piece(x, y, offsets, mask, RELU: tl.constexpr):
+def before_relu(gradient, result, offsets, mask):
+    """The gradient of what ReLU made ``result`` of: passed on where that is positive or NaN."""
+    return tl.where(tl.load(result + offsets, mask=mask, other=0.0) <= 0.0, 0.0, gradient)
+
+
+@triton.jit
+def copy_piece(x, y, offsets, mask, RELU: tl.constexpr, result):
     values = tl.load(x + offsets, mask=mask, other=0.0)
     if RELU:
-        values = rectified(values)
+        values = rectified(values) if result is None else before_relu(values, result, offsets, mask)
     tl.store(y + offsets, values, mask=mask)
 
 
 @triton.jit
 def copy_rest(
     x, y, block, B, N, C, P, RELU: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, result=None,
 ):  # fmt: skip
-    """Block ``block`` of those that copy the channels from P on.
+    """Block ``block`` of those that copy the channels from P on; with ``result`` x is a gradient, see before_relu.
 
     channels_last: ROWS tokens of COLUMNS channels. NCHW: ROWS * COLUMNS elements of the run that these channels are in
     one image. Such a run may start anywhere, so its inner part is moved in vectors of VECTOR elements that are aligned,
@@ -86,7 +92,7 @@ def copy_rest(
         tokens = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         channels = P + tl.arange(0, COLUMNS)
         mask = (tokens < B * N)[:, None] & (channels < C)[None, :]
-        copy_piece(x, y, tokens[:, None] * C + channels[None, :], mask, RELU)
+        copy_piece(x, y, tokens[:, None] * C + channels[None, :], mask, RELU, result)
     else:
         VECTORS: tl.constexpr = ROWS * COLUMNS // VECTOR
         blocks = tl.cdiv((C - P) * N // VECTOR + 1, VECTORS)
@@ -97,8 +103,8 @@ def copy_rest(
         last = tl.maximum(end // VECTOR, first)
         vectors = first + (block % blocks) * VECTORS + tl.arange(0, VECTORS)
         offsets = vectors[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        copy_piece(x, y, offsets, (vectors < last)[:, None], RELU)
+        copy_piece(x, y, offsets, (vectors < last)[:, None], RELU, result)
         if block % blocks == 0:
             edge = tl.arange(0, VECTOR)
-            copy_piece(x, y, start + edge, start + edge < tl.minimum(first * VECTOR, end), RELU)
-            copy_piece(x, y, last * VECTOR + edge, last * VECTOR + edge < end, RELU)
+            copy_piece(x, y, start + edge, start + edge < tl.minimum(first * VECTOR, end), RELU, result)
+            copy_piece(x, y, last * VECTOR + edge, last * VECTOR + edge < end, RELU, result)
