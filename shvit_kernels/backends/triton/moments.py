@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded
-from .norm_backward import MOST_CHUNK, InputGradient, finish_input_gradient, reduce_parts
-from .tiles import Tiles, both, element, sum_of_image, tile_tokens
+from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
 
 TOKENS = 64
+"""Rows of a tile of the forward."""
+BACKWARD_TOKENS = 32
 CHANNELS = 32
 """Channels of a block of the covariance: exact products of larger blocks run out of registers."""
+BACKWARD_CHANNELS = 16
+"""Channels that one step of the backward's product takes."""
 PARTS = 64
 """Partial covariances of a batch, at most."""
 MOST_WHOLE = 128
@@ -428,15 +432,9 @@ def _moments_backward(
     dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
     for inner in range(0, P, BK):
         k = inner + tl.arange(0, BK)
-        mask = both(valid, k, P)
-        z = tl.load(x1 + first * P * N + element(image, k, n, P, N, X1_LAST), mask, 0.0).to(tl.float32)
-        if norm_weight is not None:
-            mean = tl.load(image_mean + first + image, valid, 0.0)
-            rstd = tl.load(image_rstd + first + image, valid, 0.0)
-            z = (z - mean[:, None]) * rstd[:, None] * tl.load(norm_weight + k, k < P, 0.0).to(tl.float32)[None, :]
-            if norm_bias is not None:
-                z += tl.load(norm_bias + k, k < P, 0.0).to(tl.float32)[None, :]
-        z = tl.where(mask, z - tl.load(z_mean + k, k < P, 0.0)[None, :], 0.0)
+        z = normal_tile(x1, image_mean, image_rstd, first, image, k, n, valid, P, N, X1_LAST)
+        z = affine_tile(z, norm_weight, norm_bias, valid, k, P)
+        z = tl.where(both(valid, k, P), z - tl.load(z_mean + k, k < P, 0.0)[None, :], 0.0)
         pairs = both(k < P, c, P)
         symmetric = tl.load(dcov + k[:, None] * P + c[None, :], pairs, 0.0)
         symmetric += tl.load(dcov + c[None, :] * P + k[:, None], pairs, 0.0)
@@ -492,7 +490,9 @@ def partial_moments_backward(
         for need, t in zip(needs[1:], (norm_weight, norm_bias), strict=True)
     )
     dnorm = dnorm_weight is not None or dnorm_bias is not None
-    tiles = Tiles.of(B, N, TOKENS)
+    if norm_weight is None:
+        image_mean = image_rstd = None
+    tiles = Tiles.of(B, N, BACKWARD_TOKENS)
     plan = InputGradient.of(x1, tiles, norm_weight, needs[0], dnorm)
     with on_device_of(x1):
         if B > 0 and (needs[0] or dnorm):
@@ -519,10 +519,9 @@ def partial_moments_backward(
                     DX_LAST=dx is not None and channels_last(dx),
                     IMAGES=tiles.images,
                     PITCH=tiles.pitch,
-                    BK=CHANNELS,
+                    BK=BACKWARD_CHANNELS,
                     BP=plan.channels,
                     STAGE=stage,
-                    num_warps=8 if plan.channels > MOST_CHUNK else 4,
                     num_stages=1,
                 )
         reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias)
