@@ -113,6 +113,10 @@ struct Machine {
   std::map<const void*, std::string> lines;
   std::set<std::string> met;
   std::string dropped;
+
+  // Launches that are noted instead of being run, one a line.
+  bool only_noting = false;
+  std::string launches;
 } m;
 
 int number(const Thread& thread) { return static_cast<int>(&thread - m.threads.data()); }
@@ -281,12 +285,26 @@ std::string source_line(const void* caller) {
 // ---------------------------------------------------------------------------------------------------------------
 // The host's side
 
-const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* argument) {
+void note_launch(const void* kernel, uint64_t blocks, uint64_t threads, size_t shared_bytes) {
+  Dl_info library;
+  if (dladdr(kernel, &library) == 0) return;
+  const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+  for (const uint64_t value : {uint64_t(offset), blocks, threads, uint64_t(shared_bytes)})
+    m.launches += std::to_string(value) + " ";
+  m.launches += "\n";
+}
+
+const char* run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+                const void* argument) {
   const std::lock_guard<std::mutex> lock(m.running);
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
       grid.z > 65535 || shared_bytes > m.shared_limit)
     return "invalid argument";
+  if (m.only_noting) {
+    note_launch(kernel, blocks, threads, shared_bytes);
+    return nullptr;
+  }
   if (!reserve_memory()) return "out of memory";
   m.count = static_cast<int>(threads);
   m.warps = (m.count + kWarp - 1) / kWarp;
@@ -476,6 +494,16 @@ CUDA_HOST_EXPORT const char* cuda_host_record_barriers(bool start) {
 
 // From now on kernels pass over this barrier, one of those recorded; none if empty.
 CUDA_HOST_EXPORT void cuda_host_drop_barrier(const char* line) { cuda_host::m.dropped = line; }
+
+// From now on launches are noted and not run; or, at the end, what was noted, one launch a line: the kernel's
+// address in this library, blocks, threads of a block, bytes of shared memory.
+CUDA_HOST_EXPORT const char* cuda_host_note_launches(bool start) {
+  using cuda_host::m;
+  static std::string noted;
+  noted = std::exchange(m.launches, "");
+  m.only_noting = start;
+  return noted.c_str();
+}
 
 CUDA_HOST_EXPORT void cuda_host_find_races(bool enabled) { cuda_host::races::enabled = enabled; }
 

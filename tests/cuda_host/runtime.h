@@ -13,8 +13,9 @@ constexpr int kWarp = 32;
 // ---------------------------------------------------------------------------------------------------------------
 // The host's side
 
-// Runs body(argument) as every thread of the grid; nullptr, or what went wrong.
-const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* argument);
+// Runs body(argument), which calls `kernel`, as every thread of the grid; nullptr, or what went wrong.
+const char* run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+                const void* argument);
 
 // The largest dynamic shared memory that a block may ask for.
 size_t shared_memory_limit();

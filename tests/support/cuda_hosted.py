@@ -6,6 +6,7 @@ A module of tests marks itself with ``needs_hosted``, enters ``backend()`` and t
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -60,12 +62,23 @@ def build(kind: str, kernels: str = "kernels", **changes: str) -> Path:
     return out / "library.so"
 
 
+class Launch(NamedTuple):
+    kernel: str
+    """With its template's arguments."""
+    blocks: int
+    threads: int
+    shared: int
+    """Bytes a block."""
+
+
 class Harness:
     """The switches of a library that was built on the harness."""
 
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(path)
+        self.path = path
         self.library.cuda_host_record_barriers.restype = ctypes.c_char_p
+        self.library.cuda_host_note_launches.restype = ctypes.c_char_p
         self.library.cuda_host_set_order.restype = ctypes.c_bool
         self.library.cuda_host_set_shared_memory_limit.restype = ctypes.c_size_t
         self.library.cuda_host_set_shared_memory_limit.argtypes = (ctypes.c_size_t,)
@@ -100,6 +113,21 @@ class Harness:
             yield
         finally:
             self.library.cuda_host_set_shared_memory_limit(before)
+
+    @contextmanager
+    def noted_launches(self) -> Iterator[list[Launch]]:
+        """Inside, launches are not run but noted, filled in at the end."""
+        launches = []
+        self.library.cuda_host_note_launches(True)
+        try:
+            yield launches
+        finally:
+            noted = self.library.cuda_host_note_launches(False).decode()
+            symbols = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True, check=True).stdout
+            names = {int(address, 16): name for address, name in re.findall(r"^([0-9a-f]+) \w (.*)$", symbols, re.M)}
+            for line in noted.splitlines():
+                address, *sizes = map(int, line.split())
+                launches.append(Launch(names[address], *sizes))
 
     @contextmanager
     def recorded_barriers(self) -> Iterator[list[str]]:

@@ -21,7 +21,7 @@ const char* launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   const auto body = [](const void* c) {
     std::apply(static_cast<const Call*>(c)->kernel, static_cast<const Call*>(c)->params);
   };
-  return cuda_host::run(grid, dim3(threads), shared_bytes, body, &call);
+  return cuda_host::run(reinterpret_cast<const void*>(kernel), grid, dim3(threads), shared_bytes, body, &call);
 }
 
 }  // namespace shvit
