@@ -528,6 +528,7 @@ def _attention_gradient(
         hats, dout, delta, row_max, row_sum, bn.weight, bn.bias, dqkv, sums, settings.scale, P, D, N, ld, dout_ld,
         tiles.blocks, TOKENS=tiles.pitch, DP=padded(D), BP=columns, ONE_BLOCK=tiles.blocks == 1,
         BATCH_NORM=batch_norm is not None, ATTN=attn,
+        num_warps=8 if x1.dtype == torch.float32 else 4, num_stages=1,
     )  # fmt: skip
     return AttentionGradient(dqkv, hats, sums)
 
@@ -605,7 +606,7 @@ def gradients(
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
                     BP=plan.channels, BK=32, WEIGHT_O=weight_block[0], WEIGHT_P=weight_block[1], STAGE=stage,
-                    PROJ=precision(settings.tf32_proj), num_warps=8 if plan.channels > 64 else 4,
+                    PROJ=precision(settings.tf32_proj), num_warps=8 if plan.channels > 64 else 4, num_stages=2,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)

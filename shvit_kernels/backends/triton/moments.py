@@ -61,7 +61,8 @@ def _measure_blocks(
         if x1 is not None:
             tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), loaded, mask)
         values = loaded.to(tl.float32)
-        size = tl.maximum(tokens * tl.minimum(P - start, BP), 1.0)  # beyond the last image there are no tokens
+        # Beyond the last image there are no tokens.
+        size = tl.where(tokens > 0.0, tokens * tl.minimum(P - start, BP), 1.0)
         own = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / size
         centred = tl.where(mask, values - own[:, None], 0.0)
         before = tokens * start
