@@ -60,16 +60,15 @@ struct ShortMemory : Vectors {
         scratch(norm_bias + layout.P) {}
 };
 
-template <class T>
-__device__ void load_projection(const ShsaForwardParams& p, const ShortLayout& layout,
-                                const ShortMemory<T>& m) {
+// f(tile, its rows in global memory, their number) of queries, keys and values of the projection.
+template <class T, class F>
+__device__ __forceinline__ void for_each_part(const ShsaForwardParams& p, const ShortLayout& layout,
+                                              const ShortMemory<T>& m, F f) {
   const Sizes& s = p.sizes;
-  const Group block = whole_block();
   const T* weight = static_cast<const T*>(p.qkv_weight);
-  const int ld = layout.ld_weight;
-  load_matrix(block, m.weight, ld, weight, s.P, s.D, s.P);
-  load_matrix(block, m.weight + layout.D * ld, ld, weight + s.D * s.P, s.P, s.D, s.P);
-  load_matrix(block, m.weight + 2 * layout.D * ld, ld, weight + 2 * s.D * s.P, s.P, s.P, s.P);
+#pragma unroll 1  // one copy of the code
+  for (int part = 0; part < 3; ++part)
+    f(m.weight + part * layout.D * layout.ld_weight, weight + part * s.D * s.P, part < 2 ? s.D : s.P);
 }
 
 // x1 to z, in place. `saves`: this thread's image is one of the batch, not a stand-in behind its end.
@@ -166,7 +165,7 @@ __device__ __forceinline__ void add_rows(float (&row_sum)[2], const Sums<kColumn
 }
 
 // a v (through ReLU) to the place of z, which no warp may need any more. Few: up to 64 keys, whose logits stay
-// in registers; of more they are computed again, D being small, once the maximum is known.
+// in registers; of more they are computed again, D being small, for the sum and for each strip of values.
 template <class Op, bool ChannelsLast, bool Few, class T>
 __device__ void attend_image(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
                              const ShortMemory<T>& m, int64_t image, bool saves) {
@@ -179,37 +178,44 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
   for (int task = group.rank / kWarp; task < tiles * sharers; task += group.warps()) {
     const int row = task % tiles * kTile, share = task / tiles;
     Sums<kColumnPairs> terms;
-    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f}, inverse[2];
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
     for (int first = 0; first < (Few ? 1 : s.N); first += kBlock) {
       logits_of_block<Op>(terms, p, layout, m, row, first);
       raise(row_max, terms);
     }
     for (float& highest : row_max) highest = row_max_of_lanes(highest);
+    for (int first = 0; first < (Few ? 1 : s.N); first += kBlock) {
+      if (!Few) logits_of_block<Op>(terms, p, layout, m, row, first);
+      exponentiate(terms, row_max, s.N - first);
+      add_rows(row_sum, terms);
+    }
+    for (float& sum : row_sum) sum = row_sum_of_lanes(sum);
+    if (saves && p.row_max && share == 0 && lane_index() % 4 == 0) {
+      for (int half = 0; half < 2; ++half) {
+        const int token = row + lane_index() / 4 + 8 * half;
+        if (token < s.N) {
+          p.row_max[image * s.N + token] = row_max[half];
+          p.row_sum[image * s.N + token] = row_sum[half];
+        }
+      }
+    }
 
+    const float inverse[2] = {1.0f / row_sum[0], 1.0f / row_sum[1]};
+    LeftSums<Op, kColumnPairs> probabilities(terms);
     const int begin = share * pairs_each, end = min(value_pairs, begin + pairs_each);
     for (int pair = begin; pair < end; pair += kColumnPairs) {
       const int here = min(kColumnPairs, end - pair), column = pair * kTile;
       Sums<kColumnPairs> sums;
       clear<kColumnPairs>(sums);
       for (int first = 0; first < (Few ? 1 : s.N); first += kBlock) {
-        const int keys = s.N - first;
-        if (!Few) logits_of_block<Op>(terms, p, layout, m, row, first);
-        if (!Few || pair == begin) exponentiate(terms, row_max, keys);
-        if (pair == begin) add_rows(row_sum, terms);
-        const KStrided<T> v{m.qkv + 2 * layout.D + first * layout.ld_qkv, layout.ld_qkv};
-        product_of_sums<Op, kColumnPairs, kColumnPairs>(sums, terms, v, column,
-                                                        min(kColumnPairs, padded(keys) / kTile), here);
-      }
-      if (pair == begin) {
-        for (int half = 0; half < 2; ++half) {
-          row_sum[half] = row_sum_of_lanes(row_sum[half]);
-          inverse[half] = 1.0f / row_sum[half];
-          const int token = row + lane_index() / 4 + 8 * half;
-          if (saves && p.row_max && share == 0 && lane_index() % 4 == 0 && token < s.N) {
-            p.row_max[image * s.N + token] = row_max[half];
-            p.row_sum[image * s.N + token] = row_sum[half];
-          }
+        if (!Few) {
+          logits_of_block<Op>(terms, p, layout, m, row, first);
+          exponentiate(terms, row_max, s.N - first);
+          probabilities = LeftSums<Op, kColumnPairs>(terms);
         }
+        const KStrided<T> v{m.qkv + 2 * layout.D + first * layout.ld_qkv, layout.ld_qkv};
+        product_of_sums<Op, kColumnPairs>(sums, probabilities, v, column,
+                                          min(kColumnPairs, padded(s.N - first) / kTile), here);
       }
       for_each_pair<kColumnPairs>(
           sums,
@@ -237,16 +243,22 @@ template <bool ChannelsLast, bool Few, class T>
 __device__ void attend(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
                        const ShortMemory<T>& m, int64_t image, bool saves) {
   const Sizes& s = p.sizes;
-  load_projection(p, layout, m);
+  const Group block = whole_block();
   const T* x = static_cast<const T*>(p.x) + image * s.C * s.N;
-  if (ChannelsLast) {
-    load_matrix(group, m.z, layout.ld_z, x, s.C, s.N, s.P);
-  } else {
-    load_matrix(group, m.z, layout.ld_z, x, s.N, s.P, s.N);
-  }
+  const int64_t stride = ChannelsLast ? s.C : s.N;
+  const int rows = ChannelsLast ? s.N : s.P, columns = ChannelsLast ? s.P : s.N;
+  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
+    start_matrix(block, tile, layout.ld_weight, from, s.P, count, s.P);
+  });
+  start_matrix(group, m.z, layout.ld_z, x, stride, rows, columns);
   ptx::cp_async_commit();
   load_vectors<T>(p, m);
   ptx::cp_async_wait<0>();
+  __syncthreads();
+  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
+    finish_matrix(block, tile, layout.ld_weight, from, s.P, count, s.P);
+  });
+  finish_matrix(group, m.z, layout.ld_z, x, stride, rows, columns);
   __syncthreads();
   normalise_image<ChannelsLast>(p, group, layout, m, image, saves);
   __syncthreads();

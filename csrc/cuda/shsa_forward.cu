@@ -16,23 +16,18 @@ namespace shvit::cuda {
 
 namespace {
 
-struct Grid {
-  int images, warps;  // of an attending block
-  int64_t attending;  // blocks; those behind them copy
-};
-
 int images_per_block(const Sizes& s) { return s.N <= kTile && s.B >= 128 ? 2 : 1; }
 
 int warps_per_block(const Sizes& s) { return s.N <= kFewTokens ? 4 : 8; }
 
 template <class T, bool ChannelsLast, bool Few>
 __global__ void __launch_bounds__(Few ? 128 : 256, Few && sizeof(T) == 2 ? 4 : 1)
-    shsa_forward_kernel(ShsaForwardParams p, Grid grid) {
+    shsa_forward_kernel(ShsaForwardParams p, ShortLayout layout, int attending) {
   const Sizes& s = p.sizes;
-  if (blockIdx.x >= grid.attending) {
+  if (static_cast<int>(blockIdx.x) >= attending) {
     const T *x = static_cast<const T*>(p.x), *nothing = nullptr;
     T* y = static_cast<T*>(p.y);
-    const int64_t block = blockIdx.x - grid.attending;
+    const int64_t block = static_cast<int>(blockIdx.x) - attending;
     if (p.relu) {
       map_rest<ChannelsLast>(s, block, x, nothing, y, Relu());
     } else {
@@ -40,10 +35,9 @@ __global__ void __launch_bounds__(Few ? 128 : 256, Few && sizeof(T) == 2 ? 4 : 1
     }
     return;
   }
-  const ShortLayout layout(s, ChannelsLast, grid.images, grid.warps);
-  const Group group = group_of_warps(grid.warps / grid.images);
+  const Group group = group_of_warps(layout.warps / layout.images);
   const ShortMemory<T> memory(s, layout, ptx::shared_memory<T>(), group.index);
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * grid.images + group.index;
+  const int64_t wanted = static_cast<int64_t>(blockIdx.x) * layout.images + group.index;
   const bool present = wanted < s.B;
   const int64_t image = present ? wanted : s.B - 1;  // behind the end: all threads take part in the barriers
   attend<ChannelsLast, Few>(p, group, layout, memory, image, present);
@@ -60,13 +54,12 @@ __global__ void __launch_bounds__(Few ? 128 : 256, Few && sizeof(T) == 2 ? 4 : 1
 template <class T, bool ChannelsLast, bool Few>
 const char* start(const ShsaForwardParams& p, void* stream) {
   const Sizes& s = p.sizes;
-  Grid grid = {images_per_block(s), warps_per_block(s), 0};
-  grid.attending = (s.B + grid.images - 1) / grid.images;
-  const int64_t blocks = grid.attending + s.B * rest_blocks(s, ChannelsLast, sizeof(T));
+  const ShortLayout layout(s, ChannelsLast, images_per_block(s), warps_per_block(s));
+  const int64_t attending = (s.B + layout.images - 1) / layout.images;
+  const int64_t blocks = attending + s.B * rest_blocks(s, ChannelsLast, sizeof(T));
   if (blocks > INT32_MAX) return "more images than a grid has blocks";
-  const size_t bytes = ShortLayout(s, ChannelsLast, grid.images, grid.warps).bytes<T>(s);
   return launch(shsa_forward_kernel<T, ChannelsLast, Few>, dim3(static_cast<unsigned>(blocks)),
-                grid.warps * kWarp, bytes, stream, p, grid);
+                layout.warps * kWarp, layout.bytes<T>(s), stream, p, layout, static_cast<int>(attending));
 }
 
 }  // namespace

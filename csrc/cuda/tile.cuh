@@ -327,10 +327,28 @@ __device__ __forceinline__ void product(Sums<Pairs>& sums, LeftMatrix left, int 
   }
 }
 
+// Sums on their way to be the left operand of the next product.
+template <class Op, int Steps>
+struct LeftSums {
+  float sums[2 * Steps][4];
+  __device__ explicit LeftSums(const float (&from)[2 * Steps][4]) { memcpy(sums, from, sizeof(sums)); }
+  __device__ typename Op::Left at(int step, int part) const { return Op::left(sums[2 * step + part]); }
+};
+
+template <class T, int Steps>
+struct LeftSums<Half<T>, Steps> {
+  typename Half<T>::Left fragments[Steps];  // half the registers
+  __device__ explicit LeftSums(const float (&from)[2 * Steps][4]) {
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) fragments[s] = Half<T>::left(from[2 * s], from[2 * s + 1]);
+  }
+  __device__ typename Half<T>::Left at(int step, int) const { return fragments[step]; }
+};
+
 // The same with earlier sums as the left operand: column 16 j of `left` meets k = 16 j, for the first `steps`
 // j.
 template <class Op, int Pairs, int Steps, class RightMatrix>
-__device__ __forceinline__ void product_of_sums(Sums<Pairs>& sums, const float (&left)[2 * Steps][4],
+__device__ __forceinline__ void product_of_sums(Sums<Pairs>& sums, const LeftSums<Op, Steps>& left,
                                                 RightMatrix right, int column, int steps = Steps,
                                                 int pairs = Pairs) {
 #pragma unroll
@@ -338,12 +356,7 @@ __device__ __forceinline__ void product_of_sums(Sums<Pairs>& sums, const float (
     if (s < steps) {
 #pragma unroll
       for (int part = 0; part < kTile / Op::kStep; ++part) {
-        typename Op::Left a;
-        if constexpr (Op::kStep == kTile) {
-          a = Op::left(left[2 * s], left[2 * s + 1]);
-        } else {
-          a = Op::left(left[2 * s + part]);
-        }
+        const typename Op::Left a = left.at(s, part);
 #pragma unroll
         for (int j = 0; j < Pairs; ++j) {
           if (j < pairs) {
@@ -355,6 +368,13 @@ __device__ __forceinline__ void product_of_sums(Sums<Pairs>& sums, const float (
       }
     }
   }
+}
+
+template <class Op, int Pairs, int Steps, class RightMatrix>
+__device__ __forceinline__ void product_of_sums(Sums<Pairs>& sums, const float (&left)[2 * Steps][4],
+                                                RightMatrix right, int column, int steps = Steps,
+                                                int pairs = Pairs) {
+  product_of_sums<Op, Pairs>(sums, LeftSums<Op, Steps>(left), right, column, steps, pairs);
 }
 
 // f(row, column, first, second) for each pair of neighbouring sums of a lane, counted from the tile's corner.
@@ -477,6 +497,78 @@ __device__ void load_matrix(const Group& group, T* tile, int ld, const T* rows, 
       }
     }
   }
+}
+
+// Rows of an odd number of 16-bit values, one behind the other: no asynchronous copy can set them apart.
+template <class T>
+__device__ __forceinline__ bool is_packed(int64_t stride, int columns) {
+  return sizeof(T) == 2 && columns % 2 == 1 && stride == columns;
+}
+
+// Where such rows wait to be set apart: at the end of their tile, at the distance from a 16-byte boundary that
+// they have in global memory. Set apart in order, no row reaches one that still waits, as ld exceeds columns by
+// 8 or more.
+template <class T>
+__device__ __forceinline__ T* packed_place(T* tile, int ld, const T* rows, int count, int columns) {
+  T* place = tile + padded(count) * ld - count * columns;
+  const uint64_t excess = reinterpret_cast<uint64_t>(place) - reinterpret_cast<uint64_t>(rows);
+  return place - excess % 16 / sizeof(T);
+}
+
+template <class T>
+__device__ void load_packed(const Group& group, T* tile, int ld, const T* rows, int count, int columns) {
+  constexpr int kStep = Chunk<T>::kValues;
+  T* place = packed_place(tile, ld, rows, count, columns);
+  const int entries = count * columns;
+  const int before = min(entries, static_cast<int>(-reinterpret_cast<uint64_t>(rows) % 16 / sizeof(T)));
+  for (int i = group.rank; i < before; i += group.size) place[i] = rows[i];
+  for (int i = before + group.rank * kStep; i < entries; i += group.size * kStep)
+    ptx::cp_async<16>(place + i, rows + i, min(kStep, entries - i) * static_cast<int>(sizeof(T)));
+}
+
+template <class T>
+__device__ void set_apart(const Group& group, T* tile, int ld, const T* rows, int count, int columns) {
+  constexpr int kAtOnce = 16;
+  const T* place = packed_place(tile, ld, rows, count, columns);
+  const int entries = count * columns;
+  int row = group.rank / columns, column = group.rank % columns;
+  for (int first = group.rank; first - group.rank < entries; first += kAtOnce * group.size) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      values[i] = first + i * group.size < entries ? place[first + i * group.size] : from_float<T>(0.0f);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * group.size < entries) tile[row * ld + column] = values[i];
+      row += group.size / columns;
+      column += group.size % columns;
+      if (column >= columns) {
+        column -= columns;
+        ++row;
+      }
+    }
+  }
+  const int width = padded(columns);
+  for_each_entry(group, padded(count), width - columns, 1,
+                 [&](int r, int c) { tile[r * ld + columns + c] = from_float<T>(0.0f); });
+  for_each_entry(group, padded(count) - count, columns, 1,
+                 [&](int r, int c) { tile[(count + r) * ld + c] = from_float<T>(0.0f); });
+}
+
+// load_matrix in two parts, which is quicker for packed rows: start_matrix, then cp_async_wait and a barrier,
+// then finish_matrix with the same arguments by all threads of the block, and a barrier.
+template <class T>
+__device__ void start_matrix(const Group& group, T* tile, int ld, const T* rows, int64_t stride, int count,
+                             int columns) {
+  if (is_packed<T>(stride, columns)) return load_packed(group, tile, ld, rows, count, columns);
+  load_matrix(group, tile, ld, rows, stride, count, columns);
+}
+
+template <class T>
+__device__ void finish_matrix(const Group& group, T* tile, int ld, const T* rows, int64_t stride, int count,
+                              int columns) {
+  if (is_packed<T>(stride, columns)) set_apart(group, tile, ld, rows, count, columns);
 }
 
 template <class Word, class T>
