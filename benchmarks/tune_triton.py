@@ -73,15 +73,25 @@ def _tiled_candidates(shape: table.Shape) -> Iterator[table.Tiled]:
     )
 
 
+def _mixer_candidates(shape: table.Shape) -> Iterator[table.Mixer]:
+    *_, itemsize = shape
+    if itemsize == 4:
+        tiles = ((64, 64, 16, 4), (64, 64, 16, 8), (64, 128, 16, 8), (128, 64, 32, 8))
+    else:
+        tiles = ((64, 64, 32, 4), (64, 64, 64, 4), (64, 128, 32, 4), (64, 128, 32, 8), (64, 128, 64, 8))
+        tiles += ((128, 64, 32, 4), (128, 64, 64, 8), (128, 128, 32, 8), (128, 128, 64, 8), (128, 256, 32, 8))
+    return itertools.starmap(table.Mixer, ((*tile, stages) for tile in tiles for stages in (3, 4)))
+
+
+def _values(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.rand(shape, device="cuda", dtype=dtype) + 0.5
+
+
 def _evaluation(job: Job) -> Callable[[Tensor], Tensor]:
     _, P, _ = job.stage
     O = 2 * QK_DIM + P
-
-    def values(*shape: int) -> Tensor:
-        return torch.rand(shape, device="cuda", dtype=job.dtype) + 0.5
-
-    norm, batch_norm = [values(P) for _ in range(2)], [values(O) for _ in range(4)]
-    weight = values(O, P) / P
+    norm, batch_norm = ([_values(job.dtype, size) for _ in range(count)] for size, count in ((P, 2), (O, 4)))
+    weight = _values(job.dtype, O, P) / P
 
     def step(x: Tensor) -> Tensor:
         return torch.ops.shvit_kernels.shsa_eval_triton(
@@ -91,9 +101,24 @@ def _evaluation(job: Job) -> Callable[[Tensor], Tensor]:
     return step
 
 
+def _residual_layer(job: Job) -> Callable[[Tensor], Tensor]:
+    C, P, _ = job.stage
+    O = 2 * QK_DIM + P
+    norm, weight = [_values(job.dtype, P) for _ in range(2)], _values(job.dtype, O, P) / P
+    projection = _values(job.dtype, C, C) / C, _values(job.dtype, C)
+
+    def step(x: Tensor) -> Tensor:
+        return torch.ops.shvit_kernels.shsa_mixer_triton(
+            x, *norm, weight, None, *projection, QK_DIM, 1e-5, QK_DIM**-0.5, True, False
+        )
+
+    return step
+
+
 KERNELS = {
     "short": Kernel((torch.float16,), _short_candidates, _evaluation),
     "tiled": Kernel((torch.float32,), _tiled_candidates, _evaluation),
+    "mixer": Kernel((torch.float16, torch.float32), _mixer_candidates, _residual_layer),
 }
 
 

@@ -1,4 +1,4 @@
-"""``shsa`` and ``shsa_eval`` of the Triton kernels, forward, against the specification (design section 6).
+"""``shsa``, ``shsa_eval`` and ``shsa_mixer`` of the Triton kernels against the specification (design section 6).
 
 Interpreted where no GPU is; on one, the same tests run compiled.
 """
@@ -61,12 +61,46 @@ CORNERS = named(
         Case(strides="permuted", layout="channels_last"),
         Case(autocast=True),
         Case(autocast=True, dtype=torch.bfloat16, layout="channels_last"),
+        Case(P=48, N=65, B=1, beyond=5, dtype=torch.float16),
+        Case(P=66, N=196, B=2, beyond=3, dtype=torch.bfloat16, layout="channels_last"),
+        Case(P=72, N=256, B=1, beyond=1, norm="weight", bias=False),
+        Case(P=75, N=257, B=2, beyond=3, dtype=torch.float16),
+        Case(P=48, N=257, B=2, beyond=3, norm="none", layout="channels_last", relu=False),
+        Case(P=66, N=1050, B=1, beyond=2, dtype=torch.bfloat16, layout="channels_last"),
+        Case(P=200, D=24, N=36, beyond=3, dtype=torch.float16),
+        Case(P=200, D=24, N=260, B=1, beyond=3, dtype=torch.bfloat16),
         Case(B=0),
+        Case(B=0, N=257),
         Case(B=0, layout="channels_last", dtype=torch.bfloat16),
     ]
 )
-SEVERAL = [Case(P=20, D=8, N=16, beyond=17, B=3), Case(P=20, D=8, N=49, beyond=17, B=3)]
-"""Short images, one or several to a block."""
+SEVERAL = [Case(P=20, D=8, N=N, beyond=17, B=3) for N in (16, 49, 100, 257)]
+"""Of every kernel: short, in tiles with keys and values projected anew, and with those staged."""
+
+
+@pytest.fixture(autouse=True)
+def larger_tiles(request, monkeypatch):
+    """Float32 in few large tiles where it is interpreted, because many small ones take minutes; but see
+    test_tiles_of_the_table."""
+    if triton.INTERPRETED and "own_tiles" not in request.fixturenames:
+        rule = kernels.table.tiled
+
+        def tiled(P: int, N: int, itemsize: int):
+            return rule(P, N, itemsize)._replace(queries=64, keys=64, channels=64)
+
+        monkeypatch.setattr(kernels.table, "tiled", tiled)
+
+
+@pytest.fixture
+def own_tiles():
+    """Tiles as the table has them."""
+
+
+@pytest.fixture
+def images_per_block(request, monkeypatch):
+    """Several short images in a block."""
+    rule = kernels.table.short
+    monkeypatch.setattr(kernels.table, "short", lambda *shape: rule(*shape)._replace(images=request.param))
 
 
 def by_name(cases: dict[str, Case]) -> list:
@@ -85,6 +119,24 @@ def check(call: Call) -> None:
 @pytest.mark.parametrize("case", by_name(STAGES | CORNERS))
 def test_parity(case):
     check(shsa_call(case))
+
+
+@pytest.mark.parametrize("case", [Case(P=72, N=64), Case(P=20, D=8, N=270, beyond=1)], ids=str)
+def test_tiles_of_the_table(case, own_tiles):
+    check(shsa_call(case))
+
+
+@pytest.mark.parametrize("images_per_block", [2, 4], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("N", [1, 9, 16, 49])
+def test_several_images_in_a_block(N, layout, images_per_block):
+    call = shsa_call(Case(P=66, N=N, B=5, beyond=3, dtype=torch.float16, layout=layout))
+    check(call)
+    clean = forward(call)
+    call.inputs["x"][1] = math.nan
+    dirty = forward(call)
+    assert dirty[1].isnan().all()
+    assert torch.equal(clean[[0, 2, 3, 4]], dirty[[0, 2, 3, 4]])
 
 
 @pytest.mark.parametrize("batch_norm", ["affine", "not_affine", "none"])
@@ -115,7 +167,16 @@ def settings(case: Case) -> tuple:
     return case.D, 1e-5, case.D**-0.5, case.relu, False, False
 
 
-@pytest.mark.parametrize("case", [*SEVERAL, Case(P=75, N=64, norm="none", dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SEVERAL,
+        Case(P=48, N=49, dtype=torch.float16),
+        Case(P=75, N=64, norm="none", dtype=torch.bfloat16),
+        Case(P=200, N=270, norm="none", dtype=torch.float16, B=1),
+    ],
+    ids=str,
+)
 def test_what_the_backward_reads(case):
     call = shsa_call(case)
     inputs = [t if t is None else moved(t, DEVICE) for t in call.inputs.values()]
@@ -137,7 +198,7 @@ def test_what_the_backward_reads(case):
         torch.testing.assert_close(result.double().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", [*SEVERAL, Case(N=64, dtype=torch.float16, layout="channels_last")], ids=str)
+@pytest.mark.parametrize("case", [*SEVERAL, Case(N=64, dtype=torch.float16)], ids=str)
 def test_statistics_that_are_given_are_read(case):
     inputs = [t if t is None else moved(t, DEVICE) for t in shsa_call(case).inputs.values()]
     no_batch_norm = (None, None, None, None, 0.0)
@@ -188,6 +249,65 @@ def test_offsets_beyond_32_bits():
     y = functional.shsa(x, weight, qk_dim=16, backend=BACKEND)[-1:]
     alone = functional.shsa(x[-1:], weight, qk_dim=16, backend=BACKEND)
     assert torch.equal(y, alone)
+
+
+# The residual layer
+
+
+def mixer_call(case: Case) -> Call:
+    """``functional.shsa_mixer`` on the tensors of the case."""
+    plain = shsa_call(case)
+    C = case.P + case.beyond
+    source = torch.Generator().manual_seed(1)
+    projection = {
+        "proj_weight": torch.randn(C, C, generator=source) / C**0.5,
+        "proj_bias": torch.randn(C, generator=source) if case.bias else None,
+    }
+    inputs = plain.inputs | {k: t if t is None else t.to(case.parameter_dtype) for k, t in projection.items()}
+
+    def function(**inputs) -> dict[str, torch.Tensor]:
+        return {"y": functional.shsa_mixer(qk_dim=case.D, **inputs)}
+
+    return replace(plain, function=function, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    "case",
+    by_name(
+        STAGES
+        | named(
+            [
+                Case(P=1, D=1, N=1, beyond=0, B=3),
+                Case(P=66, beyond=70, N=25, B=7, dtype=torch.float16, bias=False, norm="none"),
+                Case(P=48, beyond=85, N=100, dtype=torch.bfloat16, layout="channels_last"),
+                Case(P=20, D=8, N=257, beyond=17, layout="channels_last", strides="sliced"),
+                Case(P=20, D=8, N=300, beyond=17, dtype=torch.float16, autocast=True),
+                Case(B=0),
+            ]
+        )
+    ),
+)
+def test_mixer(case):
+    check(mixer_call(case))
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+def test_non_finite_input_of_the_mixer_stays_in_its_image(case):
+    for dtype, value, channel in zip(DTYPES, (math.nan, math.inf, -math.inf), (3, 30, 3), strict=True):
+        call = mixer_call(replace(case, dtype=dtype))
+        clean = forward(call)
+        call.inputs["x"].flatten(2)[1, channel, 5] = value
+        dirty = forward(call)
+        assert torch.equal(clean[0::2], dirty[0::2])
+        assert_same_non_finite(dirty, call.run("eager", ())["y"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mixer_keeps_the_memory_format_and_its_bits(layout):
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    call = mixer_call(Case(layout=layout, dtype=torch.float16))
+    y = forward(call)
+    assert y.is_contiguous(memory_format=memory_format) and torch.equal(y, forward(call))
 
 
 # Layouts and strides
@@ -304,6 +424,52 @@ def test_operators_pass_opcheck():
     inputs = [moved(t, DEVICE) for t in eval_call(case).inputs.values()]
     arguments = (*inputs, case.D, 1e-5, 1e-5, 0.5, True, False, False)
     torch.library.opcheck(OPERATORS.shsa_eval_triton.default, arguments)
+    inputs = [moved(t, DEVICE) for t in mixer_call(case).inputs.values()]
+    torch.library.opcheck(OPERATORS.shsa_mixer_triton.default, (*inputs, case.D, 1e-5, 0.5, False, False))
+
+
+REFUSED = {
+    "three_dimensions": ({"x": torch.randn(8, 3, 3)}, "got 3 dimensions"),
+    "no_tokens": ({"x": torch.randn(2, 8, 0, 3)}, "at least one token"),
+    "pdim_beyond_channels": ({"x": torch.randn(2, 4, 2, 2)}, "pdim must lie between 1 and 4, got 5"),
+    "strided": ({"x": torch.randn(2, 8, 2, 4)[..., ::2]}, "NCHW-contiguous or channels_last"),
+    "norm_weight": ({"norm_weight": torch.ones(4)}, "norm_weight must have 5 values, got 4"),
+    "norm_bias": ({"norm_bias": torch.ones(6)}, "norm_bias must have 5 values, got 6"),
+    "weight": ({"qkv_weight": torch.ones(8, 5)}, "weight must have 45 values, got 40"),
+    "bias": ({"qkv_bias": torch.ones(8)}, "bias must have 9 values, got 8"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
+def test_operators_refuse_what_kernels_cannot_read(changes, message):
+    case = Case(P=5, D=2, N=4, beyond=3)
+    inputs = {k: moved(t, DEVICE) for k, t in (shsa_call(case).inputs | changes).items()}
+    with pytest.raises(RuntimeError, match=message):
+        OPERATORS.shsa_forward_triton(*inputs.values(), *settings(case))
+    projection = [torch.ones(8, 8, device=DEVICE), None]
+    with pytest.raises(RuntimeError, match=message):
+        OPERATORS.shsa_mixer_triton(*inputs.values(), *projection, case.D, 1e-5, 0.5, False, False)
+
+
+def test_evaluation_refuses_statistics_that_kernels_cannot_read():
+    case = Case(P=5, D=2, N=4, beyond=3)
+    inputs = {k: moved(t, DEVICE) for k, t in eval_call(case).inputs.items()}
+    for changes, message in (
+        ({"bn_var": None}, "bn_mean and bn_var must be given together"),
+        ({"bn_mean": inputs["bn_mean"][1:]}, "bn_mean must have 9 values, got 8"),
+        ({"bn_weight": inputs["bn_weight"][1:]}, "bn_weight must have 9 values, got 8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPERATORS.shsa_eval_triton(*(inputs | changes).values(), case.D, 1e-5, 1e-5, 0.5, True, False, False)
+
+
+def test_parameters_of_any_strides():
+    call = mixer_call(Case(P=20, D=8, N=16, beyond=17, dtype=torch.float16))
+    expected = forward(call)
+    for name, t in call.inputs.items():
+        if name != "x":
+            call.inputs[name] = torch.stack([t, t], -1)[..., 0]
+    assert torch.equal(forward(call), expected)
 
 
 def test_types_that_it_has_no_kernels_for_are_refused_in_words():

@@ -112,7 +112,7 @@ def shsa_mixer(
     attend_into(attended, x, parameters, Settings(qk_dim, norm_eps, 0.0, scale, True, tf32_proj, tf32_attn))
     if B == 0:
         return out
-    launch = table.mixer(C, N, x.element_size())
+    launch = table.mixer(P, N, x.element_size())
     short = N if N <= MOST_FLAT_TOKENS else 0
     token_blocks = triton.cdiv(B * N, launch.tokens) if short else B * triton.cdiv(N, launch.tokens)
     with common.on_device_of(x):

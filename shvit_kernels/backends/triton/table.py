@@ -7,7 +7,7 @@ anew.
 from typing import NamedTuple
 
 Shape = tuple[int, int, int]
-"""P (of ``Mixer``: C), N and the bytes of an element."""
+"""P, N and the bytes of an element."""
 
 
 class Short(NamedTuple):
@@ -64,9 +64,9 @@ def tiled(P: int, N: int, itemsize: int) -> Tiled:
     return MEASURED["tiled"].get((P, N, itemsize), rule)
 
 
-def mixer(C: int, N: int, itemsize: int) -> Mixer:
-    if itemsize == 2:
-        rule = Mixer(tokens=128, outs=128, channels=32, warps=8, stages=3)
+def mixer(P: int, N: int, itemsize: int) -> Mixer:
+    if itemsize == 2:  # rows of tokens that are not aligned take an address for every element
+        rule = Mixer(tokens=128 if N % 8 == 0 else 64, outs=128, channels=32, warps=8, stages=3)
     else:
         rule = Mixer(tokens=64, outs=64, channels=16, warps=8, stages=2)
-    return MEASURED["mixer"].get((C, N, itemsize), rule)
+    return MEASURED["mixer"].get((P, N, itemsize), rule)
