@@ -26,7 +26,7 @@ namespace shvit::cuda {
 namespace {
 
 template <class Op, bool ChannelsLast, class T>
-__global__ void __launch_bounds__(kStageThreads)
+__global__ void __launch_bounds__(kStageThreads, 4)
     stage_kernel(ShsaForwardParams p, const PartStatistics* parts, Staged<T> staged) {
   stage_tile<Op, ChannelsLast>(p, parts, staged, blockIdx.x);
 }

@@ -117,7 +117,7 @@ __device__ void stage_gradient(const ShsaBackwardParams& p, T* qd, QueryStatisti
 }
 
 template <class Op, class T>
-__global__ void __launch_bounds__(kStageThreads)
+__global__ void __launch_bounds__(kStageThreads, 4)
     stage_kernel(ShsaForwardParams forward, ShsaBackwardParams p, BackwardWorkspace<T> w) {
   const Staging staging(p.sizes);
   const int64_t tiles = p.sizes.B * staging.tiles();
