@@ -24,7 +24,9 @@ _BUILT_FOR = _architectures()
 def _why_not_built() -> str | None:
     if native.why_unavailable() is not None:
         return native.why_unavailable()
-    return None if _BUILT_FOR else "the native library was built without CUDA: torch had no CUDA, or nvcc was not found"
+    if _BUILT_FOR:
+        return None
+    return "the native library has no CUDA kernels: torch had no CUDA, nvcc was not found, or their build failed"
 
 
 @cache
