@@ -1,13 +1,14 @@
 """Set-up shared by all tests, and the account of what they proved."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from shvit_kernels.backends import native
+from shvit_kernels.backends import native, triton
+from tests.support import cuda, cuda_builds, triton_tier
 from tests.support import native as native_tier
-from tests.support import triton_tier
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,17 +32,65 @@ def _native_tier() -> list[str]:
     return lines
 
 
-def _triton_compiled_tier(terminalreporter: pytest.TerminalReporter) -> list[str]:
+# The tiers besides native and the starts of the names of their test files; kernels that run on a GPU leave no work to
+# their stand-ins.
+_TIERS = {
+    "triton-compiled": ("test_triton_compiled",),
+    "cuda-compiled": ("test_cuda_compiled",),
+    "triton-interpreted": ("test_triton_",) if triton.INTERPRETED else (),
+    "cuda-hosted": () if cuda.ON_GPU else ("test_cuda_",),
+    "gpu": ("test_gpu.", *(("test_cuda_",) if cuda.ON_GPU else ()), *(() if triton.INTERPRETED else ("test_triton_",))),
+}
+
+
+def _tier_of(report: pytest.TestReport) -> str | None:
+    file = Path(report.nodeid.partition("::")[0]).name
+    return next((tier for tier, starts in _TIERS.items() if file.startswith(starts)), None)
+
+
+def _tier_lines(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    """Per tier what its tests came to, or why none ran."""
+    outcomes = {tier: {"passed": 0, "failed": 0, "error": 0, "skipped": 0} for tier in _TIERS}
+    reasons: dict[str, str] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            tier = _tier_of(report)
+            if tier is not None:
+                outcomes[tier][outcome] += 1
+                if outcome == "skipped":
+                    reasons.setdefault(tier, report.longrepr[2].removeprefix("Skipped: "))
+    lines = []
+    for tier, counts in outcomes.items():
+        if counts["passed"] + counts["failed"] + counts["error"]:
+            lines.append(f"{tier}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n))
+        else:
+            why = reasons.get(tier) or ("its tests were not asked for" if _TIERS[tier] else "a GPU runs the kernels")
+            lines.append(f"{tier}: not run, {why}")
+    return lines
+
+
+def _properties(terminalreporter: pytest.TerminalReporter, name: str) -> list:
+    """What tests recorded under this name."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     properties = [p for report in reports if report.when == "call" for p in report.user_properties]
-    results = [value for name, value in properties if name == triton_tier.PROPERTY]
-    if not results:
-        return ["triton-compiled: not run"]
-    heading = "triton-compiled: most registers / KiB of shared memory of each kernel"
-    return [heading, *triton_tier.lines(results)]
+    return [value for own, value in properties if own == name]
+
+
+def _resources(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    """What the kernels of the compiled tiers use."""
+    lines = []
+    triton_builds = _properties(terminalreporter, triton_tier.PROPERTY)
+    if triton_builds:
+        lines.append("triton-compiled: most registers / KiB of shared memory of each kernel")
+        lines += triton_tier.lines(triton_builds)
+    cuda_results = [_properties(terminalreporter, name) for name in (cuda_builds.BUILDS, cuda_builds.LAUNCHES)]
+    if any(builds for _, builds in cuda_results[0]):
+        lines.append("cuda-compiled: most registers of each kernel, occupancy of its launches at the published shapes")
+        lines += cuda_builds.lines(*cuda_results)
+    return lines
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tiers")
-    for line in [*_native_tier(), *_triton_compiled_tier(terminalreporter)]:
+    for line in [*_native_tier(), *_tier_lines(terminalreporter), *_resources(terminalreporter)]:
         terminalreporter.write_line(line)
