@@ -86,32 +86,29 @@ struct Backward {
         tokens(padded(s.N)),
         ld_logits(row_distance(s.N)) {}
 
-  // The first P channels of an image with `channels` in all.
-  __device__ void load_image(T* tile, const void* images, int64_t image, int channels) const {
-    const T* from = static_cast<const T*>(images) + image * channels * s.N;
-    if (ChannelsLast) {
-      load_matrix(group, tile, layout.ld_z, from, channels, s.N, s.P);
-    } else {
-      load_matrix(group, tile, layout.ld_z, from, s.N, s.P, s.N);
-    }
+  // f(tile, images, channels of an image) of x1, dy and y.
+  template <class F>
+  __device__ void for_each_image(F f) const {
+#pragma unroll 1  // one copy of the code of a load
+    for (int i = 0; i < (p.relu ? 3 : 2); ++i)
+      f(i == 0 ? m.z : i == 1 ? dout : m.qkv, i == 0 ? p.x1 : i == 1 ? p.dy : p.y, i == 0 ? s.P : s.C);
   }
 
   // z, dout, W, q, k and v.
   __device__ void recompute(int64_t image) const {
     T* y = m.qkv;
-    load_projection(forward, layout, m);
-#pragma unroll 1  // one copy of the code of a load
-    for (int i = 0; i < (p.relu ? 3 : 2); ++i)
-      load_image(i == 0   ? m.z
-                 : i == 1 ? dout
-                          : y,
-                 i == 0   ? p.x1
-                 : i == 1 ? p.dy
-                          : p.y,
-                 image, i == 0 ? s.P : s.C);
+    start_projection(forward, layout, m);
+    for_each_image([&](T* tile, const void* images, int channels) {
+      start_image<ChannelsLast>(group, s, layout, tile, images, image, channels);
+    });
     ptx::cp_async_commit();
     load_vectors<T>(forward, m);
     ptx::cp_async_wait<0>();
+    __syncthreads();
+    finish_projection(forward, layout, m);
+    for_each_image([&](T* tile, const void* images, int channels) {
+      finish_image<ChannelsLast>(group, s, layout, tile, images, image, channels);
+    });
     __syncthreads();
     normalise_image<ChannelsLast>(forward, group, layout, m, image, false);
     if (p.relu) {

@@ -60,7 +60,7 @@ struct ShortMemory : Vectors {
         scratch(norm_bias + layout.P) {}
 };
 
-// f(tile, its rows in global memory, their number) of queries, keys and values of the projection.
+// The parts of W with f = start_matrix or finish_matrix: f(tile, its rows in global memory, their number).
 template <class T, class F>
 __device__ __forceinline__ void for_each_part(const ShsaForwardParams& p, const ShortLayout& layout,
                                               const ShortMemory<T>& m, F f) {
@@ -69,6 +69,39 @@ __device__ __forceinline__ void for_each_part(const ShsaForwardParams& p, const 
 #pragma unroll 1  // one copy of the code
   for (int part = 0; part < 3; ++part)
     f(m.weight + part * layout.D * layout.ld_weight, weight + part * s.D * s.P, part < 2 ? s.D : s.P);
+}
+
+template <class T>
+__device__ void start_projection(const ShsaForwardParams& p, const ShortLayout& layout,
+                                 const ShortMemory<T>& m) {
+  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
+    start_matrix(whole_block(), tile, layout.ld_weight, from, p.sizes.P, count, p.sizes.P);
+  });
+}
+
+template <class T>
+__device__ void finish_projection(const ShsaForwardParams& p, const ShortLayout& layout,
+                                  const ShortMemory<T>& m) {
+  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
+    finish_matrix(whole_block(), tile, layout.ld_weight, from, p.sizes.P, count, p.sizes.P);
+  });
+}
+
+// The first P channels of an image with `channels` in all, into a tile like z.
+template <bool ChannelsLast, class T>
+__device__ void start_image(const Group& group, const Sizes& s, const ShortLayout& layout, T* tile,
+                            const void* images, int64_t image, int channels) {
+  const T* from = static_cast<const T*>(images) + image * channels * s.N;
+  start_matrix(group, tile, layout.ld_z, from, ChannelsLast ? channels : s.N, ChannelsLast ? s.N : s.P,
+               ChannelsLast ? s.P : s.N);
+}
+
+template <bool ChannelsLast, class T>
+__device__ void finish_image(const Group& group, const Sizes& s, const ShortLayout& layout, T* tile,
+                             const void* images, int64_t image, int channels) {
+  const T* from = static_cast<const T*>(images) + image * channels * s.N;
+  finish_matrix(group, tile, layout.ld_z, from, ChannelsLast ? channels : s.N, ChannelsLast ? s.N : s.P,
+                ChannelsLast ? s.P : s.N);
 }
 
 // x1 to z, in place. `saves`: this thread's image is one of the batch, not a stand-in behind its end.
@@ -243,22 +276,14 @@ template <bool ChannelsLast, bool Few, class T>
 __device__ void attend(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
                        const ShortMemory<T>& m, int64_t image, bool saves) {
   const Sizes& s = p.sizes;
-  const Group block = whole_block();
-  const T* x = static_cast<const T*>(p.x) + image * s.C * s.N;
-  const int64_t stride = ChannelsLast ? s.C : s.N;
-  const int rows = ChannelsLast ? s.N : s.P, columns = ChannelsLast ? s.P : s.N;
-  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
-    start_matrix(block, tile, layout.ld_weight, from, s.P, count, s.P);
-  });
-  start_matrix(group, m.z, layout.ld_z, x, stride, rows, columns);
+  start_projection(p, layout, m);
+  start_image<ChannelsLast>(group, s, layout, m.z, p.x, image, s.C);
   ptx::cp_async_commit();
   load_vectors<T>(p, m);
   ptx::cp_async_wait<0>();
   __syncthreads();
-  for_each_part(p, layout, m, [&](T* tile, const T* from, int count) {
-    finish_matrix(block, tile, layout.ld_weight, from, s.P, count, s.P);
-  });
-  finish_matrix(group, m.z, layout.ld_z, x, stride, rows, columns);
+  finish_projection(p, layout, m);
+  finish_image<ChannelsLast>(group, s, layout, m.z, p.x, image, s.C);
   __syncthreads();
   normalise_image<ChannelsLast>(p, group, layout, m, image, saves);
   __syncthreads();
