@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded
 from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .tiled import measure, merged
 from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
 
 TOKENS = 64
@@ -26,80 +27,16 @@ PARTS = 64
 """Partial covariances of a batch, at most."""
 MOST_WHOLE = 128
 """Channels up to which a program measures its images itself."""
-BLOCKS = tl.constexpr(64)
-
-
-# Statistics of images that no single program holds
 
 
 @triton.jit
-def _measure_blocks(
-    x,
-    x1,
-    block_mean,
-    block_square,
-    B,
-    C,
-    P,
-    N,
-    blocks,
-    LAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    PITCH: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """Mean and sum of centred squares of each block of an image, and its copy in ``x1``."""
-    tile = tl.program_id(0)
-    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-    tokens = sum_of_image(valid.to(tl.float32), IMAGES, PITCH)
-    mean = tl.zeros([IMAGES * PITCH], tl.float32)
-    square = tl.zeros([IMAGES * PITCH], tl.float32)
-    for start in range(0, P, BP):
-        c = start + tl.arange(0, BP)
-        mask = both(valid, c, P)
-        loaded = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
-        if x1 is not None:
-            tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), loaded, mask)
-        values = loaded.to(tl.float32)
-        # Beyond the last image there are no tokens.
-        size = tl.where(tokens > 0.0, tokens * tl.minimum(P - start, BP), 1.0)
-        own = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / size
-        centred = tl.where(mask, values - own[:, None], 0.0)
-        before = tokens * start
-        change = own - mean
-        mean += change * (size / (before + size))
-        square += sum_of_image(tl.sum(centred * centred, 1), IMAGES, PITCH)
-        square += change * change * (before * size / (before + size))
-    at = (first + image) * blocks + tile % blocks
-    writes = valid & (n % PITCH == 0)
-    tl.store(block_mean + at, mean, writes)
-    tl.store(block_square + at, square, writes)
-
-
-@triton.jit
-def _merge_blocks(block_mean, block_square, image_mean, image_rstd, P, N, blocks, eps, PITCH: tl.constexpr):
-    image = tl.program_id(0)
-    count = 0.0
-    mean = 0.0
-    square = 0.0
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        exists = block < blocks
-        sizes = tl.where(exists, tl.minimum(N - block * PITCH, PITCH) * P, 0).to(tl.float32)
-        size = tl.sum(sizes, 0)
-        means = tl.load(block_mean + image * blocks + block, exists, 0.0)
-        own = tl.sum(means * sizes, 0) / size
-        away = tl.where(exists, means - own, 0.0)
-        squares = tl.load(block_square + image * blocks + block, exists, 0.0)
-        change = own - mean
-        mean += change * (size / (count + size))
-        square += tl.sum(squares + away * away * sizes, 0) + change * change * (count * size / (count + size))
-        count += size
-    tl.store(image_mean + image, mean)
-    tl.store(image_rstd + image, tl.div_rn(1.0, tl.sqrt_rn(square / count + eps)))
-
-
-# Partial moments
+def _merge_parts(
+    part_mean, part_squares, image_mean, image_rstd, N, P, eps, PART: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    images = tl.program_id(0) + tl.arange(0, 1)
+    mean, rstd = merged(part_mean, part_squares, images, N, P, eps, PART, PARTS)
+    tl.store(image_mean + images, mean)
+    tl.store(image_rstd + images, rstd)
 
 
 @triton.jit
@@ -112,6 +49,17 @@ def _image_statistics(values, mask, size, eps, IMAGES: tl.constexpr, PITCH: tl.c
 
 
 @triton.jit
+def _first_token(x, c, P, N, LAST: tl.constexpr):
+    return tl.load(x + c * (1 if LAST else N), c < P, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _copy(x, x1, first, image, c, n, mask, C, P, N, LAST: tl.constexpr):
+    values = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
+    tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), values, mask)
+
+
+@triton.jit
 def _shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, LAST: tl.constexpr):
     """z less the constant of its channel, 0 where there is none."""
     mask = both(valid, c, P)
@@ -121,11 +69,6 @@ def _shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, L
         return tl.where(mask, (values - mean[:, None]) * rstd[:, None] * w[None, :], 0.0)
     else:
         return tl.where(mask, values - _first_token(x, c, P, N, LAST)[None, :], 0.0)
-
-
-@triton.jit
-def _first_token(x, c, P, N, LAST: tl.constexpr):
-    return tl.load(x + c * (1 if LAST else N), c < P, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -155,12 +98,11 @@ def _partial_moments(
 ):
     """Count, mean and centred products of ``steps`` tiles, for one pair of blocks of channels.
 
-    ``WHOLE``, if not 0, holds all channels: then images are measured here, and x1 copied by the first pair.
+    ``WHOLE``, if not 0, holds all channels: then images are measured here.
     """
     if tl.program_id(2) < tl.program_id(1):
         return  # the covariance is symmetric
     part = tl.program_id(0)
-    is_first_pair = tl.program_id(2) == 0
     left = tl.program_id(1) * BP + tl.arange(0, BP)
     right = tl.program_id(2) * BP + tl.arange(0, BP)
     count = 0.0
@@ -171,21 +113,21 @@ def _partial_moments(
         first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
         mean = tl.zeros([IMAGES * PITCH], tl.float32)
         rstd = mean
-        if WHOLE > 0:
-            c = tl.arange(0, WHOLE)
-            mask = both(valid, c, P)
-            loaded = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
-            if norm_weight is not None:
-                mean, rstd = _image_statistics(loaded.to(tl.float32), mask, P * N, eps, IMAGES, PITCH)
-            if is_first_pair:
-                if norm_weight is not None:
+        if norm_weight is not None:
+            if WHOLE > 0:
+                c = tl.arange(0, WHOLE)
+                mask = both(valid, c, P)
+                whole = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
+                mean, rstd = _image_statistics(whole.to(tl.float32), mask, P * N, eps, IMAGES, PITCH)
+                if tl.program_id(2) == 0:
                     tl.store(image_mean + first + image, mean, valid & (n == 0))
                     tl.store(image_rstd + first + image, rstd, valid & (n == 0))
-                if x1 is not None:
-                    tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), loaded, mask)
-        elif norm_weight is not None:
-            mean = tl.load(image_mean + first + image, valid, 0.0)
-            rstd = tl.load(image_rstd + first + image, valid, 0.0)
+            else:
+                mean = tl.load(image_mean + first + image, valid, 0.0)
+                rstd = tl.load(image_rstd + first + image, valid, 0.0)
+        if x1 is not None:
+            mask = both(valid & (tl.program_id(1) == 0), right, P)  # the first row of pairs has each channel once
+            _copy(x, x1, first, image, right, n, mask, C, P, N, LAST)
         size = tl.sum(valid.to(tl.float32), 0)
         z_left = _shifted_z(x, norm_weight, mean, rstd, first, image, left, n, valid, C, P, N, LAST)
         z_right = _shifted_z(x, norm_weight, mean, rstd, first, image, right, n, valid, C, P, N, LAST)
@@ -205,7 +147,7 @@ def _partial_moments(
     tl.store(part_products + at, products, pairs)
     if tl.program_id(1) == 0:
         tl.store(part_mean + part * P + right, right_mean, right < P)
-        if is_first_pair:
+        if tl.program_id(2) == 0:
             tl.store(part_count + part, count)
             if ticket is not None and part == 0:
                 tl.store(ticket, 0)
@@ -330,15 +272,33 @@ def moments(
         ticket, shares = x.new_empty(1, dtype=torch.int32), fresh(P, O)
     geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
     with on_device_of(x):
-        if not is_whole and (norm_weight is not None or x1 is not None):
-            block_mean, block_square = fresh(B, tiles.blocks), fresh(B, tiles.blocks)
-            _measure_blocks[(tiles.count,)](
-                x, x1, block_mean, block_square, B, C, P, N, tiles.blocks, BP=min(padded(P), MOST_WHOLE), **geometry
+        if norm_weight is not None and not is_whole:
+            part_tokens = 256
+            image_parts = triton.cdiv(N, part_tokens)
+            image_part_mean, image_part_squares = fresh(2, B, image_parts)
+            measure[(B * image_parts,)](
+                x,
+                image_part_mean,
+                image_part_squares,
+                N,
+                C,
+                P=P,
+                PART=part_tokens,
+                TOKENS=TOKENS,
+                CHANNELS=CHANNELS,
+                LAST=geometry["LAST"],
             )
-            if norm_weight is not None:
-                _merge_blocks[(B,)](
-                    block_mean, block_square, image_mean, image_rstd, P, N, tiles.blocks, eps, PITCH=tiles.pitch
-                )
+            _merge_parts[(B,)](
+                image_part_mean,
+                image_part_squares,
+                image_mean,
+                image_rstd,
+                N,
+                P,
+                eps,
+                PART=part_tokens,
+                PARTS=triton.next_power_of_2(image_parts),
+            )
         _partial_moments[(parts, chunks, chunks)](
             x,
             x1,

@@ -55,10 +55,11 @@ def merged(part_mean, part_squares, images, N, P, norm_eps, PART: tl.constexpr, 
     means = tl.load(part_mean + images * parts + part, mask=part < parts, other=0.0)
     squares = tl.load(part_squares + images * parts + part, mask=part < parts, other=0.0)
     count = tl.where(part < parts, tl.minimum(N - part * PART, PART) * P, 0).to(tl.float32)
-    mean = tl.sum(count * means, 0) / (P * N)
+    first = tl.load(part_mean + images * parts)  # large means would lose digits in a sum
+    mean = first + tl.sum(count * (means - first), 0) / (P * N)
     deviation = tl.where(part < parts, means - mean, 0.0)
     variance = (tl.sum(squares, 0) + tl.sum(count * deviation * deviation, 0)) / (P * N)
-    return mean + tl.zeros([1], tl.float32), tl.rsqrt(variance + norm_eps) + tl.zeros([1], tl.float32)
+    return mean, tl.rsqrt(variance + norm_eps) + tl.zeros([1], tl.float32)
 
 
 @triton.jit
