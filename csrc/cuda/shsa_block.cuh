@@ -49,7 +49,9 @@ struct ShortLayout {
 
 template <class T>
 struct ShortMemory : Vectors {
-  T *weight, *z, *qkv;  // z and qkv of this thread's image; z later holds a v
+  T *weight, *z, *qkv;  // z and qkv of this thread's image
+  T* out;               // a v, in the order of z: in its place, unless the kernel gives it another
+  int ld_out;
   float* scratch;
 
   __device__ ShortMemory(const Sizes& s, const ShortLayout& layout, T* base, int image)
@@ -57,6 +59,8 @@ struct ShortMemory : Vectors {
         weight(base),
         z(weight + layout.weight_values + image * layout.z_values),
         qkv(weight + layout.weight_values + layout.images * layout.z_values + image * layout.qkv_values),
+        out(z),
+        ld_out(layout.ld_z),
         scratch(norm_bias + layout.P) {}
 };
 
@@ -259,11 +263,18 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
               one = ptx::max_nan(one, 0.0f);
               two = ptx::max_nan(two, 0.0f);
             }
+            const int token = row + i, channel = column + j;
             if (ChannelsLast) {
-              store_pair(m.z + (row + i) * layout.ld_z + column + j, one, two);
+              T* to = m.out + token * m.ld_out + channel;
+              if (channel + 1 < s.P) {
+                store_pair(to, one, two);
+              } else if (channel < s.P) {
+                *to = from_float<T>(one);
+              }
             } else {
-              m.z[(column + j) * layout.ld_z + row + i] = from_float<T>(one);
-              m.z[(column + j + 1) * layout.ld_z + row + i] = from_float<T>(two);
+              T* to = m.out + channel * m.ld_out + token;
+              if (channel < s.P) to[0] = from_float<T>(one);
+              if (channel + 1 < s.P) to[m.ld_out] = from_float<T>(two);
             }
           },
           here);
@@ -271,16 +282,18 @@ __device__ void attend_image(const ShsaForwardParams& p, const Group& group, con
   }
 }
 
-// From global memory to a v in the place of z, complete after a barrier.
-template <bool ChannelsLast, bool Few, class T>
+// From global memory to a v, complete after a barrier. `meanwhile` starts further asynchronous copies, `Groups`
+// of them; all but the last `Late` are complete before a v is written.
+template <bool ChannelsLast, bool Few, int Groups, int Late, class T, class F>
 __device__ void attend(const ShsaForwardParams& p, const Group& group, const ShortLayout& layout,
-                       const ShortMemory<T>& m, int64_t image, bool saves) {
+                       const ShortMemory<T>& m, int64_t image, bool saves, F meanwhile) {
   const Sizes& s = p.sizes;
   start_projection(p, layout, m);
   start_image<ChannelsLast>(group, s, layout, m.z, p.x, image, s.C);
   ptx::cp_async_commit();
+  meanwhile();
   load_vectors<T>(p, m);
-  ptx::cp_async_wait<0>();
+  ptx::cp_async_wait<Groups>();
   __syncthreads();
   finish_projection(p, layout, m);
   finish_image<ChannelsLast>(group, s, layout, m.z, p.x, image, s.C);
@@ -289,6 +302,7 @@ __device__ void attend(const ShsaForwardParams& p, const Group& group, const Sho
   __syncthreads();
   with_op<T>(p.precision.tf32_proj,
              [&](auto op) { project_image<decltype(op), ChannelsLast>(s, group, layout, m); });
+  ptx::cp_async_wait<Late>();
   __syncthreads();
   with_op<T>(p.precision.tf32_attn, [&](auto op) {
     attend_image<decltype(op), ChannelsLast, Few>(p, group, layout, m, image, saves);

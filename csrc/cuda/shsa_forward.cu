@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Few ? 128 : 256, Few && sizeof(T) == 2 ? 4 : 1
   const int64_t wanted = static_cast<int64_t>(blockIdx.x) * layout.images + group.index;
   const bool present = wanted < s.B;
   const int64_t image = present ? wanted : s.B - 1;  // behind the end: all threads take part in the barriers
-  attend<ChannelsLast, Few>(p, group, layout, memory, image, present);
+  attend<ChannelsLast, Few, 0, 0>(p, group, layout, memory, image, present, [] {});
   __syncthreads();
   if (!present) return;
   T* y = static_cast<T*>(p.y) + image * s.C * s.N;
