@@ -84,7 +84,7 @@ def _resources(terminalreporter: pytest.TerminalReporter) -> list[str]:
         lines.append("triton-compiled: most registers / KiB of shared memory of each kernel")
         lines += triton_tier.lines(triton_builds)
     cuda_results = [_properties(terminalreporter, name) for name in (cuda_builds.BUILDS, cuda_builds.LAUNCHES)]
-    if any(builds for _, builds in cuda_results[0]):
+    if any(builds for *_, builds in cuda_results[0]):
         lines.append("cuda-compiled: most registers of each kernel, occupancy of its launches at the published shapes")
         lines += cuda_builds.lines(*cuda_results)
     return lines

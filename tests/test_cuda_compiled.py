@@ -22,7 +22,7 @@ DETECTION = (336, 72, 32)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_builds_without_spilling(source, architecture, record_property):
     builds = cuda_builds.built(source, architecture)
-    record_property(cuda_builds.BUILDS, [architecture, [vars(build) for build in builds]])
+    record_property(cuda_builds.BUILDS, [architecture, source.stem, [vars(build) for build in builds]])
     spilling = [f"{b.kernel} spills {b.spilled} bytes, {b.stack} of stack" for b in builds if b.spilled or b.stack]
     assert not spilling, f"sm_{architecture}: " + "; ".join(spilling)
 
@@ -50,7 +50,9 @@ def call_everything(functions: Functions, C: int, P: int, side: int, dtype: torc
 @each_architecture
 def test_what_is_launched_at_the_published_shapes_fits(architecture, record_property):
     device = DEVICES[architecture]
-    builds = {b.kernel: b for source in SOURCES for b in cuda_builds.built(source, architecture)}
+    every = [b for source in SOURCES for b in cuda_builds.built(source, architecture)]
+    builds = {b.kernel: b for b in every}
+    assert len(builds) == len(every), "two kernels of one name"
     functions, harness, launched, wrong = cuda_hosted.load(), cuda_hosted.harness(), [], []
     for C, P, side in (*STAGES, DETECTION):
         for dtype in (torch.float16, torch.float32):

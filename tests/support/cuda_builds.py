@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 OUT = ROOT / "build" / "cuda_compiled"
 BUILDS, LAUNCHES = "cuda_builds", "cuda_launches"
-"""Properties of tests: [architecture, builds], [architecture, [kernel, threads, shared, blocks, occupancy]]."""
+"""Properties of tests: [architecture, source, builds], [architecture, [kernel, threads, shared, blocks, occupancy]]."""
 
 
 @dataclass(frozen=True)
@@ -146,21 +146,20 @@ def built(source: Path, architecture: str) -> list[Build]:
 
 def lines(builds: list, launches: list) -> list[str]:
     """A line for each kernel, of all its instances, from the two properties of tests."""
-    most: dict[str, dict[str, str]] = defaultdict(dict)
-    families = defaultdict(list)
-    for architecture, own in builds:
+    instances, occupancies, of_kernel = defaultdict(list), defaultdict(list), {}
+    for architecture, source, own in builds:
         for build in own:
-            families[build["kernel"].partition("<")[0], architecture].append(build)
-    occupancies = defaultdict(list)
+            of_kernel[build["kernel"]] = name = f"{source}: {build['kernel'].partition('<')[0]}"
+            instances[name, architecture].append(build)
     for architecture, own in launches:
         for kernel, *_, occupancy in own:
-            occupancies[kernel.partition("<")[0], architecture].append(occupancy)
-    for (kernel, architecture), own in families.items():
+            occupancies[of_kernel.get(kernel), architecture].append(occupancy)
+    texts = defaultdict(dict)
+    for (name, architecture), own in instances.items():
         text = f"sm_{architecture} {max(build['registers'] for build in own)}"
         spilled = max(build["spilled"] for build in own)
-        text += f" spills {spilled}" * (spilled > 0)
-        if found := occupancies[kernel, architecture]:
-            text += f" {min(found):.0%} to {max(found):.0%}"
-        most[kernel][architecture] = text
-    width = max(map(len, most), default=0)
-    return [f"{kernel:{width}} " + ", ".join(own[a] for a in DEVICES if a in own) for kernel, own in most.items()]
+        found = occupancies[name, architecture]
+        text += f" spills {spilled}" * (spilled > 0) + (f" {min(found):.0%} to {max(found):.0%}" if found else "")
+        texts[name][architecture] = text
+    width = max(map(len, texts), default=0)
+    return [f"{name:{width}} " + ", ".join(own[a] for a in DEVICES if a in own) for name, own in texts.items()]
