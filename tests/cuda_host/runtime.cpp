@@ -1,6 +1,7 @@
 #include <dlfcn.h>
 #include <runtime.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -231,6 +232,8 @@ bool reserve_memory() {
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return false;
   m.stacks = static_cast<unsigned char*>(memory);
+  // The lowest page of a stack is not there: an overflow is a fault, and no write to the next stack.
+  for (int i = 0; i < kMaxThreads; ++i) mprotect(m.stacks + i * kStackBytes, getpagesize(), PROT_NONE);
   m.window = m.stacks + kMaxThreads * kStackBytes;
   m.shared = m.window + kSharedOffset;
   return true;
@@ -273,8 +276,10 @@ std::string source_line(const void* caller) {
   // Innermost first; what the harness inlined says nothing.
   std::string lines = run_command(command);
   while (!lines.empty()) {
-    const std::string line = lines.substr(0, lines.find('\n'));
-    lines.erase(0, line.size() + 1);
+    const size_t end = lines.find('\n');
+    const std::string line = lines.substr(0, std::min(end, lines.find(' ')));
+    lines.erase(0, end == lines.npos ? end : end + 1);
+    if (line.compare(0, 2, "??") == 0) return "";
     const bool harness =
         line.find("cuda_host/device/") != line.npos || line.find("cuda_host/include/") != line.npos;
     if (!harness) return " (" + line.substr(line.rfind('/') + 1) + ")";
@@ -285,7 +290,7 @@ std::string source_line(const void* caller) {
 // ---------------------------------------------------------------------------------------------------------------
 // The host's side
 
-void note_launch(const void* kernel, uint64_t blocks, uint64_t threads, size_t shared_bytes) {
+static void note_launch(const void* kernel, uint64_t blocks, uint64_t threads, size_t shared_bytes) {
   Dl_info library;
   if (dladdr(kernel, &library) == 0) return;
   const auto offset = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
