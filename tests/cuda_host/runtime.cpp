@@ -277,7 +277,7 @@ std::string source_line(const void* caller) {
   std::string lines = run_command(command);
   while (!lines.empty()) {
     const size_t end = lines.find('\n');
-    const std::string line = lines.substr(0, std::min(end, lines.find(' ')));
+    const std::string line = lines.substr(0, std::min(end, lines.find(" (discriminator")));
     lines.erase(0, end == lines.npos ? end : end + 1);
     if (line.compare(0, 2, "??") == 0) return "";
     const bool harness =
