@@ -180,6 +180,30 @@ Tensor shsa_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tens
   return y;
 }
 
+Tensor shsa_mixer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                  Tensor qkv_weight, std::optional<Tensor> qkv_bias, Tensor proj_weight,
+                  std::optional<Tensor> proj_bias, int64_t qk_dim, double norm_eps, double scale,
+                  bool tf32_proj, bool tf32_attn) {
+  const Call call("shsa_mixer", x);
+  call.on_one_device(norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias);
+  const Sizes s = checked_sizes(x, qkv_weight.size(1), qk_dim);
+  const Norm norm(norm_weight, norm_bias, s.P, call.scalar());
+  const Projection qkv("qkv_weight", qkv_weight, "qkv_bias", qkv_bias, s.O(), s.P, call.scalar());
+  const Projection proj("proj_weight", proj_weight, "proj_bias", proj_bias, s.C, s.C, call.scalar());
+  Tensor y = empty_image(x, s.C, is_channels_last(x));
+  if (s.B == 0) return y;
+  ShsaMixerParams p{};
+  p.attention = forward_params(call, s, x, norm, norm_eps, scale, true, tf32_proj, tf32_attn, y, nullptr);
+  p.attention.qkv_weight = qkv.weight.data();
+  p.attention.qkv_bias = qkv.bias.data();
+  p.proj_weight = proj.weight.data();
+  p.proj_bias = proj.bias.data();
+  const Tensor workspace = call.bytes(shsa_mixer_workspace(p, call.type));
+  p.workspace = workspace.mutable_data_ptr();
+  call.check(cuda::shsa_mixer(p, call.type, call.stream));
+  return y;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Moments
 
@@ -532,4 +556,5 @@ STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, SHVIT_DISPATCH_KEY, m) {
   SHVIT_OPERATOR(shsa_train_forward);
   SHVIT_OPERATOR(shsa_train_backward);
   SHVIT_OPERATOR(shsa_eval);
+  SHVIT_OPERATOR(shsa_mixer);
 }
