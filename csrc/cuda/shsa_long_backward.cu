@@ -54,7 +54,9 @@ constexpr int kGradientChannels = 64;  // of dy and y in shared memory at a time
 __host__ __device__ constexpr int gradient_tile_values() { return kTokens * row_distance(kGradientChannels); }
 static_assert(kTokens == kGradientChannels, "the tile is as large in either layout");
 
-// dout and the statistics of the queries of tile number `block` of all images.
+// dout and the statistics of the queries of tile number `block` of all images. delta comes from the very
+// product that makes da: where one key takes all, y is its v, delta equals da to the bit, and dl is zero, as in
+// truth.
 template <bool ChannelsLast, class T>
 __device__ void stage_gradient(const ShsaBackwardParams& p, T* qd, QueryStatistics* statistics, int64_t block) {
   using Matrix = std::conditional_t<ChannelsLast, KContiguous<T>, KStrided<T>>;
@@ -66,54 +68,54 @@ __device__ void stage_gradient(const ShsaBackwardParams& p, T* qd, QueryStatisti
   const int first_token = static_cast<int>(block % staging.tiles()) * kTokens;
   const int tokens = min(kTokens, s.N - first_token), width = staging.D + staging.P;
   const int64_t first_row = image * staging.N + first_token, size = static_cast<int64_t>(s.C) * s.N;
-  T* dy = ptx::shared_memory<T>();
-  T* y = dy + gradient_tile_values();
-  float delta[kTokens / kTokensAtOnce] = {};
+  const int warp_row = warp_index() * kTile;
+  T* dout = ptx::shared_memory<T>();
+  T* y = dout + gradient_tile_values();
+  Sums<1> products;  // of dout and y of 16 tokens each; the diagonal is delta
+  clear<1>(products);
   for (int first = 0; first < s.P; first += kGradientChannels) {
     const int channels = min(kGradientChannels, s.P - first);
-    const auto load = [&](T* tile, const void* images) {
-      const T* from = static_cast<const T*>(images) + image * size;
-      if (ChannelsLast) {
-        load_matrix(group, tile, kLd, from + static_cast<int64_t>(first_token) * s.C + first, s.C, tokens,
-                    channels);
-      } else {
-        load_matrix(group, tile, kLd, from + static_cast<int64_t>(first) * s.N + first_token, s.N, channels,
-                    tokens);
-      }
-    };
+    const int rows = ChannelsLast ? tokens : channels, columns = ChannelsLast ? channels : tokens;
+    const int64_t stride = ChannelsLast ? s.C : s.N;
+    const int64_t at =
+        image * size + (ChannelsLast ? first_token * stride + first : first * stride + first_token);
     if (first > 0) __syncthreads();
-    load(dy, p.dy);
-    load(y, p.y);
+    load_matrix(group, dout, kLd, static_cast<const T*>(p.dy) + at, stride, rows, columns);
+    load_matrix(group, y, kLd, static_cast<const T*>(p.y) + at, stride, rows, columns);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    for_each_token([&](int token, int n) {
-      T* to = qd + (first_row + token) * width + staging.D + first;
-      for (int channel = lane_index() % 4 * kValues; channel < padded(channels); channel += 4 * kValues) {
-        Chunk<T> gradient = {};
-        if (token < tokens) {
-          gradient = chunk_of(Matrix{dy, kLd}, token, channel);
-          const Chunk<T> output = chunk_of(Matrix{y, kLd}, token, channel);
+    if (p.relu) {
+      for_each_entry(group, rows, columns, kValues, [&](int row, int column) {
+        T* place = dout + row * kLd + column;
+        Chunk<T> gradient = load_chunk(place);
+        const Chunk<T> output = load_chunk(y + row * kLd + column);
 #pragma unroll
-          for (int i = 0; i < kValues; ++i) {
-            if (p.relu) gradient.values[i] = WherePositive()(gradient.values[i], output.values[i]);
-            delta[n] = fmaf(to_float(gradient.values[i]), to_float(output.values[i]), delta[n]);
-          }
-        }
-        store_chunk(to + channel, gradient);
-      }
+        for (int i = 0; i < kValues; ++i)
+          gradient.values[i] = WherePositive()(gradient.values[i], output.values[i]);
+        store_chunk(place, gradient);
+      });
+      __syncthreads();
+    }
+    for_each_token([&](int token) {
+      T* to = qd + (first_row + token) * width + staging.D + first;
+      for (int channel = lane_index() % 4 * kValues; channel < padded(channels); channel += 4 * kValues)
+        store_chunk(to + channel, token < tokens ? chunk_of(Matrix{dout, kLd}, token, channel) : Chunk<T>{});
+    });
+    with_op<T>(p.precision.tf32_attn, [&](auto op) {
+      product<decltype(op), 1>(products, Matrix{dout, kLd}, warp_row, Matrix{y, kLd}, warp_row,
+                               padded(channels));
     });
   }
-  for_each_token([&](int token, int n) {
-    const float sum = row_sum_of_lanes(delta[n]);
-    if (lane_index() % 4 > 0) return;
+  if (lane_index() % 4 != lane_index() / 8) return;  // rows g and g + 8 of the diagonal
+  const int odd = lane_index() / 4 % 2;
+  for (int half = 0; half < 2; ++half) {
+    const int token = warp_row + lane_index() / 4 + 8 * half;
+    const int64_t from = image * s.N + first_token + token;
     QueryStatistics query = {};
-    if (token < tokens) {
-      const int64_t at = image * s.N + first_token + token;
-      query = {p.row_max[at], 1.0f / p.row_sum[at], sum, 0.0f};
-    }
+    if (token < tokens) query = {p.row_max[from], 1.0f / p.row_sum[from], products[half][2 * half + odd], 0.0f};
     statistics[first_row + token] = query;
-  });
+  }
 }
 
 template <class Op, class T>
