@@ -87,9 +87,10 @@ __device__ __forceinline__ Statistics merge_statistics(const PartStatistics* par
   const auto values = [&](int64_t part) {
     return static_cast<float>(min(static_cast<int64_t>(kPartValues), count - part * kPartValues));
   };
+  const float near = parts[0].mean;  // so that large means do not round
   float sum = 0.0f;
-  for (int64_t i = lane_index(); i < count_of_parts; i += kWarp) sum += values(i) * parts[i].mean;
-  const float mean = warp_sum(sum) / static_cast<float>(count);
+  for (int64_t i = lane_index(); i < count_of_parts; i += kWarp) sum += values(i) * (parts[i].mean - near);
+  const float mean = near + warp_sum(sum) / static_cast<float>(count);
   float squares = 0.0f;
   for (int64_t i = lane_index(); i < count_of_parts; i += kWarp) {
     const float distance = parts[i].mean - mean;
@@ -147,13 +148,10 @@ __device__ void load_weight_rows(const Sizes& s, const T* weight, int columns, T
   }
 }
 
-// f(token, n) for the tokens of a tile, by four neighbouring lanes each; n counts a lane's tokens.
-constexpr int kTokensAtOnce = kStageThreads / 4;
-
+// f(token) for the tokens of a tile, by four neighbouring lanes each.
 template <class F>
 __device__ __forceinline__ void for_each_token(F f) {
-#pragma unroll
-  for (int n = 0; n < kTokens / kTokensAtOnce; ++n) f(n * kTokensAtOnce + static_cast<int>(threadIdx.x) / 4, n);
+  for (int token = threadIdx.x / 4; token < kTokens; token += kStageThreads / 4) f(token);
 }
 
 // kValues neighbouring channels of a token, of a tile in shared memory.
@@ -244,7 +242,7 @@ __device__ void stage_tile(const ShsaForwardParams& p, const PartStatistics* par
   }
 
   if (!staged.z) return;
-  for_each_token([&](int token, int) {
+  for_each_token([&](int token) {
     T* to = staged.z + (first_row + token) * staging.P;
     constexpr int kValues = Chunk<T>::kValues;
     for (int channel = lane_index() % 4 * kValues; channel < staging.P; channel += 4 * kValues)
