@@ -14,7 +14,8 @@ from torch import Tensor
 import shvit_kernels
 from shvit_kernels import functional, ops
 from tests.support import native as native_tier
-from tests.support.cases import Case, eval_call, moments_call, shsa_call, train_call
+from tests.support.cases import Case, moments_call, shsa_call
+from tests.support.operators import NAMES, Arguments
 
 pytestmark = native_tier.needs_native
 
@@ -28,7 +29,6 @@ OPTIONS = {
     "no_biases": {"norm": "weight", "bias": False},
     "plain": {"norm": "none", "bias": False},
 }
-EPS, SCALE = 1e-5, 0.5
 
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -43,73 +43,18 @@ def small_case(**changes) -> Case:
     return Case(**{"P": 10, "D": 3, "N": 16, "beyond": 4, **changes})
 
 
-def copy_of_x1(x: Tensor, P: int) -> Tensor:
-    return x[:, :P].clone(memory_format=ops.memory_format(x))
-
-
-# Arguments of each operator, in one or more calls of the case
-
-
-def shsa_forward(case: Case) -> list[tuple]:
-    inputs = shsa_call(case).inputs
-    return [(*inputs.values(), case.D, EPS, SCALE, case.relu, False, False)]
-
-
-def shsa_backward(case: Case) -> list[tuple]:
-    ((x, *rest),) = shsa_forward(case)
-    given = (torch.randn_like(x), copy_of_x1(x, case.P), *NATIVE["shsa_forward"](x, *rest), *rest)
-    return [(*given, needs) for needs in ([True] * 5, [True, False, True, False, True])]
-
-
-def partial_moments_forward(case: Case) -> list[tuple]:
-    return [(*moments_call(case).inputs.values(), case.P, EPS)]
-
-
-def partial_moments_backward(case: Case) -> list[tuple]:
-    ((x, *norm, P, eps),) = partial_moments_forward(case)
-    mean, cov, *images = NATIVE["partial_moments_forward"](x, *norm, P, eps)
-    given = (torch.randn_like(mean), torch.randn_like(cov), copy_of_x1(x, P), mean, *images, *norm, x.shape[1])
-    return [(*given, needs) for needs in ([True] * 3, [False, True, False])]
-
-
-def shsa_train_forward(case: Case) -> list[tuple]:
-    return [(*train_call(case).inputs.values(), case.D, EPS, EPS, SCALE, case.relu, False, False)]
-
-
-def shsa_train_backward(case: Case) -> list[tuple]:
-    ((x, *rest),) = shsa_train_forward(case)
-    given = (torch.randn_like(x), *NATIVE["shsa_train_forward"](x, *rest), *rest)
-    return [(*given, needs) for needs in ([True] * 6, [False, True, False, True, False, True])]
-
-
-def shsa_eval(case: Case) -> list[tuple]:
-    settings = (case.D, EPS, EPS, SCALE, case.relu, False, False)
-    return [(*eval_call(case, kind).inputs.values(), *settings) for kind in ("affine", "not_affine", "none")]
-
-
-CALLS = {
-    function.__name__: function
-    for function in (
-        shsa_forward,
-        shsa_backward,
-        partial_moments_forward,
-        partial_moments_backward,
-        shsa_train_forward,
-        shsa_train_backward,
-        shsa_eval,
-    )
-}
-each_operator = pytest.mark.parametrize("name", CALLS)
+ARGUMENTS = Arguments("native")
+each_operator = pytest.mark.parametrize("name", NATIVE)
 
 
 def check(name: str, case: Case) -> None:
     whole = case.dtype == torch.float32
-    for arguments in CALLS[name](case):
+    for arguments in ARGUMENTS.of(name, case):
         torch.library.opcheck(NATIVE[name], arguments, **({} if whole else {"test_utils": QUICK}))
 
 
 def test_every_operator_is_checked_below():
-    assert CALLS.keys() == NATIVE.keys()
+    assert set(NAMES) == NATIVE.keys() | {"shsa_mixer"} == ops.FAMILIES["native"].keys()
 
 
 @each_operator
@@ -134,7 +79,7 @@ PARAMETERS |= {"weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var"}
 @each_operator
 @pytest.mark.parametrize("rows", [-1, 1], ids=["one_row_too_few", "one_row_too_many"])
 def test_parameters_of_another_size_are_refused(rows, name):
-    arguments = list(CALLS[name](small_case())[0])
+    arguments = list(ARGUMENTS.of(name, small_case())[0])
     names = [argument.name for argument in NATIVE[name]._schema.arguments]
     tried = [(i, parameter) for i, parameter in enumerate(names) if parameter in PARAMETERS]
     assert tried

@@ -1,0 +1,67 @@
+"""Arguments of the operators themselves, as their schemas have them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shvit_kernels import ops
+
+from .cases import Case, eval_call, mixer_call, moments_call, shsa_call, train_call
+from .numerics import moved
+
+EPS, SCALE = 1e-5, 0.5
+
+
+class Arguments:
+    """Arguments of each operator of a family, in one or more calls of a case, on a device; on CPUs none of
+    ``shsa_mixer``, whose projection is PyTorch's there."""
+
+    def __init__(self, family: str, device: str = "cpu"):
+        self.operators, self.device = ops.FAMILIES[family], device
+
+    def of(self, name: str, case: Case) -> list[tuple]:
+        return getattr(self, name)(case)
+
+    def _inputs(self, make: Callable, *arguments) -> list[Tensor | None]:
+        return [t if t is None else moved(t, self.device) for t in make(*arguments).inputs.values()]
+
+    def shsa_forward(self, case: Case) -> list[tuple]:
+        return [(*self._inputs(shsa_call, case), case.D, EPS, SCALE, case.relu, False, False)]
+
+    def shsa_backward(self, case: Case) -> list[tuple]:
+        ((x, *rest),) = self.shsa_forward(case)
+        saved = self.operators["shsa_forward"](x, *rest)
+        given = (torch.randn_like(x), copy_of_x1(x, case.P), *saved, *rest)
+        return [(*given, needs) for needs in ([True] * 5, [True, False, True, False, True])]
+
+    def partial_moments_forward(self, case: Case) -> list[tuple]:
+        return [(*self._inputs(moments_call, case), case.P, EPS)]
+
+    def partial_moments_backward(self, case: Case) -> list[tuple]:
+        ((x, *norm, P, eps),) = self.partial_moments_forward(case)
+        mean, cov, *images = self.operators["partial_moments_forward"](x, *norm, P, eps)
+        given = (torch.randn_like(mean), torch.randn_like(cov), copy_of_x1(x, P), mean, *images, *norm, x.shape[1])
+        return [(*given, needs) for needs in ([True] * 3, [False, True, False])]
+
+    def shsa_train_forward(self, case: Case) -> list[tuple]:
+        return [(*self._inputs(train_call, case), case.D, EPS, EPS, SCALE, case.relu, False, False)]
+
+    def shsa_train_backward(self, case: Case) -> list[tuple]:
+        ((x, *rest),) = self.shsa_train_forward(case)
+        given = (torch.randn_like(x), *self.operators["shsa_train_forward"](x, *rest), *rest)
+        return [(*given, needs) for needs in ([True] * 6, [False, True, False, True, False, True])]
+
+    def shsa_eval(self, case: Case) -> list[tuple]:
+        settings = (case.D, EPS, EPS, SCALE, case.relu, False, False)
+        return [(*self._inputs(eval_call, case, kind), *settings) for kind in ("affine", "not_affine", "none")]
+
+    def shsa_mixer(self, case: Case) -> list[tuple]:
+        return [(*self._inputs(mixer_call, case), case.D, EPS, SCALE, False, False)]
+
+
+NAMES = [name for name in vars(Arguments) if not name.startswith("_") and name != "of"]
+
+
+def copy_of_x1(x: Tensor, P: int) -> Tensor:
+    return x[:, :P].clone(memory_format=ops.memory_format(x))
