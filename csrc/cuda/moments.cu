@@ -16,6 +16,7 @@
 
 #include "long.cuh"
 #include "projection.cuh"
+#include "split.cuh"
 #include "values.cuh"
 
 namespace shvit::cuda {
@@ -190,8 +191,8 @@ struct Accumulate {
         const int here = min(kPairs, tiles - j);
         Sums<kPairs> sums;
         clear<kPairs>(sums);
-        product<Float, kPairs>(sums, Matrix{z, tile.ld}, i * kTile, Matrix{z, tile.ld}, j * kTile,
-                               padded(cut.tokens), here);
+        add_product<NearlyExact<T>, kPairs>(sums, Matrix{z, tile.ld}, i * kTile, Matrix{z, tile.ld}, j * kTile,
+                                            padded(cut.tokens), here);
         const auto put = [&](int row, int column, float sum) {
           if (row >= s.P || column >= s.P) return;
           float& product = part.products[row * s.P + column];

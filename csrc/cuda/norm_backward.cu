@@ -6,8 +6,8 @@
 //
 // A block has one or several images, a warp 16 tokens. Images of more than 64 tokens take two launches over
 // tiles of tokens, the first for a and b, the second for dx1: both compute dz_total, which costs less than
-// keeping it. The products are in TF32 where the tensors are of 16 bits: like them in precision, and like
-// float32 in range, which the entries of dz_cov / (B N) need.
+// keeping it. The products are nearly exact (split.cuh) also where the tensors are of 16 bits: what passes the
+// normalisation can be the small difference of large values.
 //
 // Bytes: x1 and dz read, dx1 written, dz_cov from L2 once per block: about 8 N P per image. Operations: 2 N P^2
 // per image.
@@ -16,6 +16,7 @@
 
 #include "long.cuh"
 #include "rest.cuh"
+#include "split.cuh"
 #include "values.cuh"
 
 namespace shvit::cuda {
@@ -81,11 +82,14 @@ struct Centred {
     const float x = normal[ChannelsLast ? token * ld + channel : channel * ld + token];
     return fmaf(x, weight[channel], shift[channel]);
   }
+  __device__ Centred from(int channel) const {
+    return {normal + (ChannelsLast ? channel : channel * ld), weight + channel, shift + channel, ld};
+  }
 };
 
 template <bool ChannelsLast, class T>
 struct Backward {
-  using Op = std::conditional_t<sizeof(T) == 2, Tf32, Float>;
+  using Op = NearlyExact<T>;
 
   const NormBackwardParams& p;
   const Sizes& s;
@@ -174,8 +178,8 @@ struct Backward {
           sum = inside ? (dz ? dz[channel * s.N + token] : 0.0f) + constant[channel] : 0.0f;
         });
         if (p.dz_cov)
-          product<Op, kPairs>(gradients, z, row, KStrided<float>{cov, layout.ld_cov}, column, padded(s.P),
-                              pairs);
+          add_product<Op, kPairs>(gradients, z, row, KStrided<float>{cov, layout.ld_cov}, column, padded(s.P),
+                                  pairs);
         for_each_sum(gradients, row, start + column, [&](int token, int channel, float& sum) {
           if (token >= tokens || channel >= end) return;
           gradient[at(token, channel)] = sum;

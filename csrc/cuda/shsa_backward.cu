@@ -54,11 +54,8 @@ __host__ __device__ ShortLayout layout_of(const Sizes& s, bool channels_last, in
   return layout;
 }
 
-template <class A, bool ChannelsLast>
+template <bool ChannelsLast, class T>
 struct Backward {
-  using T = typename A::T;
-  using Projection = typename A::Projection;
-  using Attention = typename A::Attention;
   // Matrices of tokens and channels in the image's own order, with the sum over channels or over tokens.
   using OverChannels = std::conditional_t<ChannelsLast, KContiguous<T>, KStrided<T>>;
   using OverTokens = std::conditional_t<ChannelsLast, KStrided<T>, KContiguous<T>>;
@@ -124,19 +121,21 @@ struct Backward {
       });
     }
     __syncthreads();
-    project_image<Projection, ChannelsLast>(s, group, layout, m);
+    with_op<T>(p.precision.tf32_proj,
+               [&](auto op) { project_image<decltype(op), ChannelsLast>(s, group, layout, m); });
     __syncthreads();
   }
 
   // probabilities and dlogits [queries, keys] of a warp's 16 queries, zero in the padding.
+  template <class Op>
   __device__ void differentiate_softmax(int row) const {
     const T* v = m.qkv + 2 * layout.D;
     const int pairs = tokens / kTile;
     Sums<kKeyPairs> weights, gradients;
-    logits_of_block<Attention>(weights, forward, layout, m, row, 0);
+    logits_of_block<Op>(weights, forward, layout, m, row, 0);
     clear<kKeyPairs>(gradients);
-    product<Attention, kKeyPairs>(gradients, OverChannels{dout, layout.ld_z}, row,
-                                  KContiguous<T>{v, layout.ld_qkv}, 0, layout.P, pairs);
+    product<Op, kKeyPairs>(gradients, OverChannels{dout, layout.ld_z}, row, KContiguous<T>{v, layout.ld_qkv}, 0,
+                           layout.P, pairs);
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
     raise(row_max, weights);
     for (float& highest : row_max) highest = row_max_of_lanes(highest);
@@ -202,6 +201,7 @@ struct Backward {
 
   // dq, dk and dv in the places of q, k and v. All threads must call it; of every image each warp has one row
   // of tiles.
+  template <class Op>
   __device__ void differentiate_attention(int row, bool works) const {
     static_assert(kQueryPairs == kColumnPairs);
     const T *q = m.qkv, *k = m.qkv + layout.D;
@@ -211,14 +211,14 @@ struct Backward {
       for (int first = 0; first < value_pairs; first += kColumnPairs) {
         const int here = min(kColumnPairs, value_pairs - first);
         Sums<kColumnPairs> dv;
-        over_tokens<Attention, kColumnPairs>(dv, KStrided<T>{probabilities, ld_logits}, row,
-                                             OverTokens{dout, layout.ld_z}, first, here);
+        over_tokens<Op, kColumnPairs>(dv, KStrided<T>{probabilities, ld_logits}, row,
+                                      OverTokens{dout, layout.ld_z}, first, here);
         store_dqkv(dv, row, 2 * layout.D + first * kTile, here);
       }
-      over_tokens<Attention, kQueryPairs>(dq, KContiguous<T>{dlogits, ld_logits}, row, KStrided<T>{k, ld}, 0,
-                                          query_pairs);
-      over_tokens<Attention, kQueryPairs>(dk, KStrided<T>{dlogits, ld_logits}, row, KStrided<T>{q, ld}, 0,
-                                          query_pairs);
+      over_tokens<Op, kQueryPairs>(dq, KContiguous<T>{dlogits, ld_logits}, row, KStrided<T>{k, ld}, 0,
+                                   query_pairs);
+      over_tokens<Op, kQueryPairs>(dk, KStrided<T>{dlogits, ld_logits}, row, KStrided<T>{q, ld}, 0,
+                                   query_pairs);
     }
     __syncthreads();
     if (works) {
@@ -238,6 +238,7 @@ struct Backward {
     });
   }
 
+  template <class Op>
   __device__ void store_dz(int64_t image) const {
     const int tiles = tokens / kTile, all_pairs = layout.P / kTile;
     const int strips = (all_pairs + kColumnPairs - 1) / kColumnPairs;
@@ -246,8 +247,8 @@ struct Backward {
       const int here = min(kColumnPairs, all_pairs - first);
       Sums<kColumnPairs> sums;
       clear<kColumnPairs>(sums);
-      product<Projection, kColumnPairs>(sums, KContiguous<T>{m.qkv, layout.ld_qkv}, row,
-                                        KStrided<T>{m.weight, layout.ld_weight}, first * kTile, layout.O, here);
+      product<Op, kColumnPairs>(sums, KContiguous<T>{m.qkv, layout.ld_qkv}, row,
+                                KStrided<T>{m.weight, layout.ld_weight}, first * kTile, layout.O, here);
       float* dz = p.dz + image * s.P * s.N;
       for_each_pair<kColumnPairs>(
           sums,
@@ -262,6 +263,7 @@ struct Backward {
   }
 
   // Adds the first `images` of the group to this block's part of dW, or starts it.
+  template <class Op>
   __device__ void add_dweight(int images, bool starts) const {
     // Of image 0: the others follow at equal distances.
     const ShortMemory<T> first_image(s, layout, ptx::shared_memory<T>(), 0);
@@ -275,8 +277,8 @@ struct Backward {
       clear<kColumnPairs>(sums);
       for (int i = 0; i < images; ++i) {
         const T *dqkv = first_image.qkv + i * layout.qkv_values, *z = first_image.z + i * layout.z_values;
-        product<Projection, kColumnPairs>(sums, KStrided<T>{dqkv, layout.ld_qkv}, row,
-                                          OverTokens{z, layout.ld_z}, first * kTile, tokens, here);
+        product<Op, kColumnPairs>(sums, KStrided<T>{dqkv, layout.ld_qkv}, row, OverTokens{z, layout.ld_z},
+                                  first * kTile, tokens, here);
       }
       for_each_pair<kColumnPairs>(
           sums,
@@ -315,21 +317,24 @@ struct Backward {
     const int row = group.rank / kWarp * kTile;
     const bool works = row < tokens;
     recompute(image);
-    if (works) differentiate_softmax(row);
-    if (p.bn_mean) scale_projection();
+    with_op<T>(p.precision.tf32_attn, [&](auto op) {
+      if (works) differentiate_softmax<decltype(op)>(row);
+      if (p.bn_mean) scale_projection();
+      __syncthreads();
+      differentiate_attention<decltype(op)>(row, works);
+    });
     __syncthreads();
-    differentiate_attention(row, works);
-    __syncthreads();
-    if (p.dz && present) store_dz(image);
-    if (p.dweight_parts) add_dweight(images, starts);
+    with_op<T>(p.precision.tf32_proj, [&](auto op) {
+      if (p.dz && present) store_dz<decltype(op)>(image);
+      if (p.dweight_parts) add_dweight<decltype(op)>(images, starts);
+    });
     if (p.dbias_parts) add_dbias(images, starts);
   }
 };
 
-template <class A, bool ChannelsLast>
+template <bool ChannelsLast, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     shsa_backward_kernel(ShsaBackwardParams p, ShsaForwardParams forward, Grid grid) {
-  using T = typename A::T;
   const Sizes& s = p.sizes;
   if (blockIdx.x >= grid.parts) {
     const T *dy = static_cast<const T*>(p.dy), *y = static_cast<const T*>(p.y);
@@ -343,7 +348,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     return;
   }
   const ShortLayout layout = layout_of(s, ChannelsLast, grid.images);
-  const Backward<A, ChannelsLast> backward(p, forward, layout);
+  const Backward<ChannelsLast, T> backward(p, forward, layout);
   const int64_t start = static_cast<int64_t>(blockIdx.x) * grid.images;
   for (int64_t first = start; first < s.B; first += static_cast<int64_t>(grid.parts) * grid.images) {
     if (first != start) __syncthreads();
@@ -372,9 +377,8 @@ ShsaForwardParams forward_of(const ShsaBackwardParams& p) {
   return f;
 }
 
-template <class A, bool ChannelsLast>
+template <bool ChannelsLast, class T>
 const char* start(const ShsaBackwardParams& p, void* stream) {
-  using T = typename A::T;
   const Sizes& s = p.sizes;
   const bool attends = p.dz || p.dweight_parts || p.dbias_parts;
   const Grid grid = {images_per_group(s), attends ? parts_of(s) : 0};
@@ -382,7 +386,7 @@ const char* start(const ShsaBackwardParams& p, void* stream) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more images than a grid has blocks";
   const size_t bytes = attends ? layout_of(s, ChannelsLast, grid.images).template bytes<T>(s) : 0;
-  return launch(shsa_backward_kernel<A, ChannelsLast>, dim3(static_cast<unsigned>(blocks)), kWarps * kWarp,
+  return launch(shsa_backward_kernel<ChannelsLast, T>, dim3(static_cast<unsigned>(blocks)), kWarps * kWarp,
                 bytes, stream, p, forward_of(p), grid);
 }
 
@@ -403,9 +407,9 @@ int shsa_backward_parts(const Sizes& s) { return parts_of(s); }
 const char* shsa_backward(const ShsaBackwardParams& params, Type type, void* stream) {
   if (const char* error = check_format(params.channels_last, params.x1_channels_last, params.sizes))
     return error;
-  return with_arithmetic(type, params.precision, [&](auto arithmetic) {
-    using A = decltype(arithmetic);
-    return params.channels_last ? start<A, true>(params, stream) : start<A, false>(params, stream);
+  return with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    return params.channels_last ? start<true, T>(params, stream) : start<false, T>(params, stream);
   });
 }
 

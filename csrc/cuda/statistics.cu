@@ -24,14 +24,17 @@ __global__ void __launch_bounds__(kPartThreads) statistics_kernel(const T* x, Si
     sum += mine[i];
   }
   const float mean = group_sum(group, sum, scratch) / static_cast<float>(values);
-  float squares = 0.0f;
+  float rest = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPartValuesEach; ++i) {
-    const float centred = mine[i] - mean;
-    squares += i * kPartThreads + group.rank < values ? centred * centred : 0.0f;
+    const float centred = i * kPartThreads + group.rank < values ? mine[i] - mean : 0.0f;
+    rest += centred;
+    squares += centred * centred;
   }
   squares = group_sum(group, squares, scratch + kPartThreads / kWarp);
-  if (group.rank == 0) parts[blockIdx.x] = {mean, squares};
+  rest = group_sum(group, rest, scratch + 2 * kPartThreads / kWarp);
+  // The sum of large values was rounded coarsely; that of what the mean leaves is not.
+  if (group.rank == 0) parts[blockIdx.x] = {mean + rest / static_cast<float>(values), squares};
 }
 
 template <bool ChannelsLast, class T>
@@ -39,7 +42,7 @@ const char* start(const void* x, const Sizes& s, PartStatistics* parts, void* st
   dim3 grid;
   if (const char* error = grid_of(s.B * statistics_parts(s), grid)) return error;
   return launch(statistics_kernel<ChannelsLast, T>, grid, kPartThreads,
-                2 * kPartThreads / kWarp * sizeof(float), stream, static_cast<const T*>(x), s, parts);
+                3 * kPartThreads / kWarp * sizeof(float), stream, static_cast<const T*>(x), s, parts);
 }
 
 }  // namespace

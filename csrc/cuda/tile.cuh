@@ -94,6 +94,7 @@ struct KContiguous {  // entry (i, k) at p[i * ld + k]
   const T* p;
   int ld;
   __device__ T at(int i, int k) const { return p[i * ld + k]; }
+  __device__ KContiguous from(int k) const { return {p + k, ld}; }
 };
 
 template <class T>
@@ -101,6 +102,7 @@ struct KStrided {  // entry (i, k) at p[k * ld + i]
   const T* p;
   int ld;
   __device__ T at(int i, int k) const { return p[k * ld + i]; }
+  __device__ KStrided from(int k) const { return {p + k * ld, ld}; }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
