@@ -246,30 +246,6 @@ struct Float {
   }
 };
 
-// Storage type of tensors and shared memory, arithmetic of the projection and of the products of attention.
-template <class T_, class Projection_, class Attention_>
-struct Arithmetic {
-  using T = T_;
-  using Projection = Projection_;
-  using Attention = Attention_;
-};
-
-// f(Arithmetic) for a type of tensors and a precision.
-template <class F>
-auto with_arithmetic(Type type, Precision precision, F f) {
-  switch (type) {
-    case Type::kFloat16:
-      return f(Arithmetic<__half, Half<__half>, Half<__half>>());
-    case Type::kBFloat16:
-      return f(Arithmetic<__nv_bfloat16, Half<__nv_bfloat16>, Half<__nv_bfloat16>>());
-    default:
-      if (precision.tf32_proj && precision.tf32_attn) return f(Arithmetic<float, Tf32, Tf32>());
-      if (precision.tf32_proj) return f(Arithmetic<float, Tf32, Float>());
-      if (precision.tf32_attn) return f(Arithmetic<float, Float, Tf32>());
-      return f(Arithmetic<float, Float, Float>());
-  }
-}
-
 // f(a value of the storage type).
 template <class F>
 auto with_type(Type type, F f) {
