@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import cuda
-from tests.support.cases import Case, covering_set, eval_call, named, shsa_call
+from tests.support.cases import Case, covering_set, eval_call, mixer_call, named, shsa_call
 from tests.support.cuda import BACKEND
 from tests.support.numerics import (
     Call,
@@ -56,9 +56,9 @@ SEVERAL = [Case(P=20, D=8, N=16, beyond=17, B=129), Case(P=20, D=8, N=49, beyond
 
 
 @pytest.fixture(scope="module", autouse=True)
-def harness() -> Iterator:
-    with cuda.kernels() as harness:
-        yield harness
+def kernels() -> Iterator[None]:
+    with cuda.kernels():
+        yield
 
 
 def forward(call: Call) -> torch.Tensor:
@@ -109,6 +109,44 @@ def test_a_variance_of_zero_stays_finite():
     call = eval_call(Case())
     call.inputs["bn_var"].zero_()
     check(call)
+
+
+# The residual layer
+
+RESIDUAL = [
+    *(replace(stage, B=1) for stage in STAGES),
+    Case(P=96, N=16, beyond=352, B=5),  # several images share a block, and one is alone
+    Case(P=1, D=1, N=1, beyond=0, B=1),
+    Case(P=33, D=8, N=7, beyond=0, B=3, norm="none"),
+    Case(P=20, D=8, N=33, beyond=17, B=3, bias=False),  # three tiles of tokens to an image
+    Case(P=48, D=24, N=196, beyond=13, B=1),  # attention and projection are two launches
+    Case(P=48, N=50, beyond=2000, B=1),  # too many channels to keep on chip
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", RESIDUAL, ids=str)
+def test_residual_layer(case, dtype, layout):
+    check(mixer_call(replace(case, dtype=dtype, layout=layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_enough_for_two_to_a_block(layout):
+    check(mixer_call(Case(P=4, D=2, N=33, beyond=3, B=177, dtype=torch.float16, layout=layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [16, 49])
+def test_non_finite_input_of_the_residual_layer_stays_in_its_image(N, dtype, layout):
+    for channel in (3, 30):
+        call = mixer_call(Case(P=20, D=8, N=N, beyond=17, B=5, dtype=dtype, layout=layout))
+        clean = forward(call)
+        call.inputs["x"].flatten(2)[1, channel, 5] = math.nan
+        dirty = forward(call)
+        assert torch.equal(clean[[0, 2, 3, 4]], dirty[[0, 2, 3, 4]])
+        assert_same_non_finite(dirty, call.run("eager", ())["y"])
 
 
 # What the backward reads
@@ -284,36 +322,14 @@ def test_without_variance(value, N):
     assert largest(y.double() - z) <= bound
 
 
-# The same bits, whatever the order of blocks and threads
+# The same bits; test_cuda_memory.py has the order of threads
 
 
-THREADED = [replace(case, B=min(case.B, 5)) for case in SEVERAL] + [Case(P=20, D=8, N=130), SEVERAL[0]]
-
-
+@pytest.mark.parametrize("make_call", [shsa_call, mixer_call], ids=["shsa", "mixer"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", THREADED, ids=str)
-def test_same_bits_in_every_run(case, dtype):
-    call = shsa_call(replace(case, dtype=dtype))
+@pytest.mark.parametrize("case", [*SEVERAL, Case(P=20, D=8, N=130)], ids=str)
+def test_same_bits_in_every_run(case, dtype, make_call):
+    call = make_call(replace(case, dtype=dtype))
     y = forward(call)
     for _ in range(3):
         assert torch.equal(y, forward(call))
-
-
-@cuda.only_hosted
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", THREADED, ids=str)
-def test_same_bits_in_every_order_of_threads(harness, case, dtype, layout):
-    call = shsa_call(replace(case, dtype=dtype, layout=layout))
-    y = forward(call)
-    for order in harness.thread_orders():
-        assert torch.equal(y, forward(call)), order
-
-
-@cuda.only_hosted
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", THREADED[:3], ids=str)
-def test_barriers_order_all_accesses(harness, case, dtype, layout):
-    with harness.finding_races():
-        forward(shsa_call(replace(case, B=2, dtype=dtype, layout=layout)))
