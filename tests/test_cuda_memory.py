@@ -9,26 +9,24 @@ import pytest
 import torch
 
 from tests.support import cuda_hosted
-from tests.support.cases import Case, eval_call, mixer_call, moments_call, named, shsa_call, train_call
+from tests.support.cases import Case, eval_call, mixer_call, moments_call, shsa_call, train_call
 from tests.support.numerics import Call, Results
 
 pytestmark = cuda_hosted.needs_hosted
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
-CASES = named(
-    [
-        Case(P=66, dtype=HALF),
-        Case(P=72, N=64, dtype=BFLOAT16, layout="channels_last"),
-        Case(P=75, dtype=torch.float32, relu=False),
-        Case(P=96, N=16, B=5, dtype=HALF),
-        Case(P=48, N=16, B=6, layout="channels_last"),
-        Case(P=7, D=1, N=1, B=3, dtype=BFLOAT16, bias=False),
-        Case(P=68, D=24, N=100, B=1, dtype=HALF, norm="none", beyond=0),
-        Case(P=130, D=64, N=17, B=1),
-        Case(P=48, N=257, B=1, beyond=3, dtype=BFLOAT16),
-        Case(P=20, D=8, N=260, B=1, layout="channels_last", norm="weight"),
-    ]
-)
+CASES = [
+    Case(P=66, dtype=HALF),
+    Case(P=72, N=64, dtype=BFLOAT16, layout="channels_last"),
+    Case(P=75, dtype=torch.float32, relu=False),
+    Case(P=96, N=16, B=5, dtype=HALF),
+    Case(P=48, N=16, B=6, layout="channels_last"),
+    Case(P=7, D=1, N=1, B=3, dtype=BFLOAT16, bias=False),
+    Case(P=68, D=24, N=100, B=1, dtype=HALF, norm="none", beyond=0),
+    Case(P=130, D=64, N=17, B=1),
+    Case(P=48, N=257, B=1, beyond=3, dtype=BFLOAT16),
+    Case(P=20, D=8, N=260, B=1, layout="channels_last", norm="weight"),
+]
 OPERATORS = {
     "shsa": (shsa_call, None),
     "moments": (moments_call, None),
@@ -36,8 +34,10 @@ OPERATORS = {
     "eval": (eval_call, ()),  # with gradients these two are others
     "mixer": (mixer_call, ()),
 }
+CALLS = list(itertools.product(OPERATORS, CASES))
+CALLS.append(("moments", Case(P=5, N=1, B=2060, beyond=1)))  # more tiles than parts
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
-each_case = pytest.mark.parametrize("case", CASES)
+each_call = pytest.mark.parametrize("operator, case", CALLS, ids=str)
 
 
 @contextmanager
@@ -51,11 +51,11 @@ def filled_with_nan():
 
 
 @cache
-def call(operator: str, case: str) -> Call:
-    return OPERATORS[operator][0](CASES[case])
+def call(operator: str, case: Case) -> Call:
+    return OPERATORS[operator][0](case)
 
 
-def run(operator: str, case: str) -> Results:
+def run(operator: str, case: Case) -> Results:
     return call(operator, case).run("hosted", OPERATORS[operator][1])
 
 
@@ -65,8 +65,7 @@ def harness():
         yield harness
 
 
-@each_case
-@each_operator
+@each_call
 def test_the_order_of_threads_and_blocks_changes_no_bit(harness, operator, case):
     results = [run(operator, case) for _ in harness.thread_orders()]
     assert all(t.isfinite().all() for t in results[0].values()), "memory that nobody wrote was used"
@@ -75,14 +74,13 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(harness, operator, case)
             assert torch.equal(t, results[0][name]), name
 
 
-@each_case
-@each_operator
+@each_call
 def test_no_races(harness, operator, case):
     with harness.finding_races():
         run(operator, case)
 
 
-def is_noticed(operator: str, case: str) -> bool:
+def is_noticed(operator: str, case: Case) -> bool:
     try:
         run(operator, case)
     except RuntimeError as error:
@@ -94,7 +92,7 @@ def is_noticed(operator: str, case: str) -> bool:
 def test_each_barrier_is_missed(harness):
     """Without any one of them there is a race in some call."""
     met, seconds = {}, {}
-    for of_call in itertools.product(OPERATORS, CASES):
+    for of_call in CALLS:
         start = time.process_time()
         with harness.recorded_barriers() as barriers:
             run(*of_call)
@@ -106,19 +104,20 @@ def test_each_barrier_is_missed(harness):
         with harness.without(barrier), harness.finding_races():
             if not any(is_noticed(*of_call) for of_call in sorted(calls, key=seconds.get)):
                 unnoticed.append(barrier)
-    assert met and not unnoticed
+    assert met
+    assert not unnoticed
 
 
 @each_operator
 def test_accesses_stay_in_bounds(operator):
     cuda_hosted.build("addresses")
     result = cuda_hosted.with_addresses_checked(f"""
-import torch
 from tests import test_cuda_memory as t
 from tests.support import cuda_hosted
 with cuda_hosted.backend():
-    for case in t.CASES:
-        print(case, flush=True)
-        t.run({operator!r}, case)
+    for operator, case in t.CALLS:
+        if operator == {operator!r}:
+            print(case, flush=True)
+            t.run(operator, case)
 """)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
