@@ -13,7 +13,7 @@ from shvit_kernels import ops
 from shvit_kernels.backends import cuda as backend
 from tests.support import cuda
 from tests.support.cases import Case, eval_call, shsa_call, train_call
-from tests.support.numerics import assert_parity, device_of, expect
+from tests.support.numerics import Call, assert_parity, device_of, expect, moved
 from tests.support.operators import NAMES, Arguments
 
 pytestmark = cuda.needs_kernels
@@ -116,24 +116,40 @@ def test_an_error_of_a_launch_names_the_operator(arguments, harness, N, name):
         arguments.operators[name](*given)
 
 
+def single_statistics(case: Case) -> Call:
+    """The evaluation with running statistics in float32, as beside a half-precision convolution."""
+    call = eval_call(case)
+    call.inputs.update({k: call.inputs[k].float() for k in ("bn_mean", "bn_var")})
+    return call
+
+
 @cuda.only_hosted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_short_images_take_few_launches(harness, dtype):
-    """Each costs about two microseconds. The evaluation is one whatever the type of the running statistics."""
+    """Each costs about two microseconds."""
     case = Case(P=72, N=64, dtype=dtype, B=1)
-    single = eval_call(case)
-    single.inputs.update({k: single.inputs[k].float() for k in ("bn_mean", "bn_var")})
-    counts = []
-    for call, needs in ((shsa_call(case), ()), (eval_call(case), ()), (single, ()), (train_call(case), ())):
-        with harness.noted_launches() as launches:
+
+    def launches(call: Call, needs: tuple[str, ...] | None) -> int:
+        with harness.noted_launches() as noted:
             call.run(cuda.BACKEND, needs)
-        counts.append(len(launches))
-    assert counts[:3] == [1, 1, 1] and counts[3] <= 4
-    for call, forward in ((shsa_call(case), 1), (train_call(case), counts[3])):
-        with harness.noted_launches() as launches:
-            call.run(cuda.BACKEND)
-        counts.append(len(launches) - forward)
-    assert counts[4] <= 3 and counts[5] <= 5
+        return len(noted)
+
+    assert launches(shsa_call(case), ()) == launches(eval_call(case), ()) == launches(single_statistics(case), ()) == 1
+    assert launches(shsa_call(case), None) <= 1 + 3
+    assert launches(train_call(case), ()) <= 4
+    assert launches(train_call(case), None) <= 4 + 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_parameters_are_not_converted(dtype):
+    """Which would be a launch each too; running statistics are read in either type."""
+    case = Case(P=20, D=8, N=16, dtype=dtype, B=1)
+    for call, needs in ((shsa_call(case), None), (eval_call(case), ()), (single_statistics(case), ())):
+        call = call.map(lambda _, t: moved(t, DEVICE))
+        call.run(cuda.BACKEND, needs)
+        with torch.profiler.profile() as profile:
+            call.run(cuda.BACKEND, needs)
+        assert "aten::_to_copy" not in {event.name for event in profile.events()}
 
 
 def test_what_the_backend_refuses(monkeypatch):
