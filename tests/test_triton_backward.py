@@ -25,7 +25,7 @@ from tests.support.numerics import (
 from tests.support.triton import needs_triton
 
 pytest.importorskip("shvit_kernels.backends.triton.train", exc_type=ImportError)  # needs triton
-from shvit_kernels.backends.triton import backward, moments  # noqa: E402
+from shvit_kernels.backends.triton import backward, moments
 
 pytestmark = needs_triton
 

@@ -27,6 +27,8 @@ PARTS = 64
 """Partial covariances of a batch, at most."""
 MOST_WHOLE = 128
 """Channels up to which a program measures its images itself."""
+PART = 256
+"""Tokens that one program measures of an image that it does not hold."""
 
 
 @triton.jit
@@ -40,27 +42,44 @@ def _merge_parts(
 
 
 @triton.jit
-def _image_statistics(values, mask, size, eps, IMAGES: tl.constexpr, PITCH: tl.constexpr):
-    """Mean and reciprocal deviation of the image of each token."""
-    mean = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / size
-    centred = tl.where(mask, values - mean[:, None], 0.0)
-    variance = sum_of_image(tl.sum(centred * centred, 1), IMAGES, PITCH) / size
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+def statistics_of_tile(
+    x, image_mean, image_rstd, norm_weight, first, image, n, valid, keeps, C, P, N, eps, LAST: tl.constexpr,
+    IMAGES: tl.constexpr, PITCH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of the image of each token: read, or where ``WHOLE`` columns hold all channels measured, and stored
+    by the program that ``keeps`` them; nothing without a norm."""
+    if norm_weight is None:
+        mean = tl.zeros(valid.shape, tl.float32)
+        rstd = mean
+    elif WHOLE > 0:
+        c = tl.arange(0, WHOLE)
+        mask = both(valid, c, P)
+        values = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0).to(tl.float32)
+        mean = sum_of_image(tl.sum(values, 1), IMAGES, PITCH) / (P * N)
+        centred = tl.where(mask, values - mean[:, None], 0.0)
+        variance = sum_of_image(tl.sum(centred * centred, 1), IMAGES, PITCH) / (P * N)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+        tl.store(image_mean + first + image, mean, valid & (n == 0) & keeps)
+        tl.store(image_rstd + first + image, rstd, valid & (n == 0) & keeps)
+    else:
+        mean = tl.load(image_mean + first + image, valid, 0.0)
+        rstd = tl.load(image_rstd + first + image, valid, 0.0)
+    return mean, rstd
 
 
 @triton.jit
-def _first_token(x, c, P, N, LAST: tl.constexpr):
-    return tl.load(x + c * (1 if LAST else N), c < P, 0.0).to(tl.float32)
+def shift(x, norm_bias, c, P, N, HAS_NORM: tl.constexpr, LAST: tl.constexpr):
+    """The constant of each channel that :func:`shifted_z` leaves out."""
+    if norm_bias is not None:
+        return tl.load(norm_bias + c, c < P, 0.0).to(tl.float32)
+    elif HAS_NORM:
+        return tl.zeros(c.shape, tl.float32)
+    else:
+        return tl.load(x + c * (1 if LAST else N), c < P, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _copy(x, x1, first, image, c, n, mask, C, P, N, LAST: tl.constexpr):
-    values = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
-    tl.store(x1 + first * P * N + element(image, c, n, P, N, LAST), values, mask)
-
-
-@triton.jit
-def _shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, LAST: tl.constexpr):
+def shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, LAST: tl.constexpr):
     """z less the constant of its channel, 0 where there is none."""
     mask = both(valid, c, P)
     values = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0).to(tl.float32)
@@ -68,20 +87,18 @@ def _shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, L
         w = tl.load(norm_weight + c, c < P, 0.0).to(tl.float32)
         return tl.where(mask, (values - mean[:, None]) * rstd[:, None] * w[None, :], 0.0)
     else:
-        return tl.where(mask, values - _first_token(x, c, P, N, LAST)[None, :], 0.0)
+        return tl.where(mask, values - shift(x, None, c, P, N, False, LAST)[None, :], 0.0)
 
 
 @triton.jit
 def _partial_moments(
     x,
-    x1,
     norm_weight,
     image_mean,
     image_rstd,
     part_count,
     part_mean,
     part_products,
-    ticket,
     B,
     C,
     P,
@@ -111,26 +128,13 @@ def _partial_moments(
     products = tl.zeros([BP, BP], tl.float32)
     for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
         first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-        mean = tl.zeros([IMAGES * PITCH], tl.float32)
-        rstd = mean
-        if norm_weight is not None:
-            if WHOLE > 0:
-                c = tl.arange(0, WHOLE)
-                mask = both(valid, c, P)
-                whole = tl.load(x + first * C * N + element(image, c, n, C, N, LAST), mask, 0.0)
-                mean, rstd = _image_statistics(whole.to(tl.float32), mask, P * N, eps, IMAGES, PITCH)
-                if tl.program_id(2) == 0:
-                    tl.store(image_mean + first + image, mean, valid & (n == 0))
-                    tl.store(image_rstd + first + image, rstd, valid & (n == 0))
-            else:
-                mean = tl.load(image_mean + first + image, valid, 0.0)
-                rstd = tl.load(image_rstd + first + image, valid, 0.0)
-        if x1 is not None:
-            mask = both(valid & (tl.program_id(1) == 0), right, P)  # the first row of pairs has each channel once
-            _copy(x, x1, first, image, right, n, mask, C, P, N, LAST)
+        mean, rstd = statistics_of_tile(
+            x, image_mean, image_rstd, norm_weight, first, image, n, valid, tl.program_id(2) == 0, C, P, N, eps,
+            LAST, IMAGES, PITCH, WHOLE,
+        )  # fmt: skip
         size = tl.sum(valid.to(tl.float32), 0)
-        z_left = _shifted_z(x, norm_weight, mean, rstd, first, image, left, n, valid, C, P, N, LAST)
-        z_right = _shifted_z(x, norm_weight, mean, rstd, first, image, right, n, valid, C, P, N, LAST)
+        z_left = shifted_z(x, norm_weight, mean, rstd, first, image, left, n, valid, C, P, N, LAST)
+        z_right = shifted_z(x, norm_weight, mean, rstd, first, image, right, n, valid, C, P, N, LAST)
         own_left = tl.sum(z_left, 0) / size
         own_right = tl.sum(z_right, 0) / size
         z_left = tl.where(valid[:, None], z_left - own_left[None, :], 0.0)
@@ -149,8 +153,6 @@ def _partial_moments(
         tl.store(part_mean + part * P + right, right_mean, right < P)
         if tl.program_id(2) == 0:
             tl.store(part_count + part, count)
-            if ticket is not None and part == 0:
-                tl.store(ticket, 0)
 
 
 @triton.jit
@@ -162,27 +164,16 @@ def _merge_moments(
     part_products,
     z_mean,
     z_cov,
-    weight,
-    shares,
-    ticket,
-    batch_mean,
-    batch_var,
     parts,
     count,
     P,
-    O,
     N,
     HAS_NORM: tl.constexpr,
     LAST: tl.constexpr,
     PP: tl.constexpr,
-    BO: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One row of the covariance and, by symmetry, one column; every program merges the means for it.
-
-    With ``weight``, also the mean and variance of the projection: each row leaves its share of every variance, and
-    the program that comes last adds them.
-    """
+    """One row of the covariance and, by symmetry, one column; every program merges the means for it."""
     row = tl.program_id(0)
     c = tl.arange(0, PP)
     r = tl.arange(0, ROWS)
@@ -206,154 +197,64 @@ def _merge_moments(
     upper = (c >= row) & (c < P)
     tl.store(z_cov + row * P + c, cov, upper)
     tl.store(z_cov + c * P + row, cov, upper)
-    if HAS_NORM:
-        if norm_bias is not None:
-            mean += tl.load(norm_bias + c, c < P, 0.0).to(tl.float32)
-    else:
-        mean += _first_token(x, c, P, N, LAST)
     if row == 0:
-        tl.store(z_mean + c, mean, c < P)
-    if weight is not None:
-        doubled = tl.where(upper, tl.where(c == row, cov, 2.0 * cov), 0.0)
-        for start in range(0, O, BO):
-            o = start + tl.arange(0, BO)
-            w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0).to(tl.float32)
-            own = tl.load(weight + o * P + row, o < O, 0.0).to(tl.float32)
-            tl.store(shares + row * O + o, own * tl.sum(w * doubled[None, :], 1), o < O)
-        tl.debug_barrier()  # the ticket is drawn by one thread
-        if tl.atomic_add(ticket, 1) == P - 1:
-            for start in range(0, O, BO):
-                o = start + tl.arange(0, BO)
-                w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0).to(tl.float32)
-                share = tl.load(shares + c[None, :] * O + o[:, None], both(o < O, c, P), 0.0, cache_modifier=".cg")
-                variance = tl.sum(share, 1)
-                tl.store(batch_mean + o, tl.sum(w * mean[None, :], 1), o < O)
-                tl.store(batch_var + o, tl.where(variance < 0.0, 0.0, variance), o < O)  # keeps NaN
+        tl.store(z_mean + c, mean + shift(x, norm_bias, c, P, N, HAS_NORM, LAST), c < P)
 
 
-def moments(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    P: int,
-    eps: float,
-    x1: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Mean and covariance of z, mean and rstd of the images and, with ``weight``, the mean and variance of its product.
-
-    ``x1``, if given, becomes a copy of the first P channels.
-    """
+def measure_images(x: Tensor, P: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of the first P channels of images that no single program holds."""
     B, C, H, W = x.shape
     N = H * W
+    parts = triton.cdiv(N, PART)
+    part_mean, part_squares = x.new_empty(2, B, parts, dtype=torch.float32)
+    mean, rstd = x.new_empty(2, B, dtype=torch.float32)
+    last = channels_last(x)
+    measure[(B * parts,)](x, part_mean, part_squares, N, C, P=P, PART=PART, TOKENS=TOKENS, CHANNELS=CHANNELS, LAST=last)
+    _merge_parts[(B,)](part_mean, part_squares, mean, rstd, N, P, eps, PART=PART, PARTS=triton.next_power_of_2(parts))
+    return mean, rstd
 
-    def fresh(*size: int) -> Tensor:
-        return x.new_empty(size, dtype=torch.float32)
 
-    O = 0 if weight is None else weight.shape[0]
-    results = [fresh(P), fresh(P, P), fresh(B), fresh(B), *((fresh(O), fresh(O)) if O else (None, None))]
-    z_mean, z_cov, image_mean, image_rstd, batch_mean, batch_var = results
-    if norm_weight is None:
-        image_mean.zero_()
-        image_rstd.fill_(1.0)
-    if B == 0:
-        for t in (z_mean, z_cov, batch_mean, batch_var):
-            if t is not None:
-                t.zero_()
-        return tuple(results)
-    tiles = Tiles.of(B, N, TOKENS)
-    is_whole = tiles.blocks == 1 and P <= MOST_WHOLE
-    steps = triton.cdiv(tiles.count, PARTS)
-    parts = triton.cdiv(tiles.count, steps)
-    chunks = triton.cdiv(P, CHANNELS)
-    part_count, part_mean, part_products = fresh(parts), fresh(parts, P), fresh(parts, P, P)
-    ticket = shares = None
-    if O:
-        ticket, shares = x.new_empty(1, dtype=torch.int32), fresh(P, O)
-    geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
-    with on_device_of(x):
-        if norm_weight is not None and not is_whole:
-            part_tokens = 256
-            image_parts = triton.cdiv(N, part_tokens)
-            image_part_mean, image_part_squares = fresh(2, B, image_parts)
-            measure[(B * image_parts,)](
-                x,
-                image_part_mean,
-                image_part_squares,
-                N,
-                C,
-                P=P,
-                PART=part_tokens,
-                TOKENS=TOKENS,
-                CHANNELS=CHANNELS,
-                LAST=geometry["LAST"],
-            )
-            _merge_parts[(B,)](
-                image_part_mean,
-                image_part_squares,
-                image_mean,
-                image_rstd,
-                N,
-                P,
-                eps,
-                PART=part_tokens,
-                PARTS=triton.next_power_of_2(image_parts),
-            )
-        _partial_moments[(parts, chunks, chunks)](
-            x,
-            x1,
-            norm_weight,
-            image_mean,
-            image_rstd,
-            part_count,
-            part_mean,
-            part_products,
-            ticket,
-            B,
-            C,
-            P,
-            N,
-            tiles.blocks,
-            tiles.count,
-            steps,
-            eps,
-            BP=CHANNELS,
-            WHOLE=padded(P) if is_whole else 0,
-            num_warps=8,
-            num_stages=1,
-            **geometry,
-        )
-        _merge_moments[(P,)](
-            x,
-            norm_bias,
-            part_count,
-            part_mean,
-            part_products,
-            z_mean,
-            z_cov,
-            weight,
-            shares,
-            ticket,
-            batch_mean,
-            batch_var,
-            parts,
-            float(B * N),
-            P,
-            O,
-            N,
-            HAS_NORM=norm_weight is not None,
-            LAST=geometry["LAST"],
-            PP=padded(P),
-            BO=16,
-            ROWS=16,
-        )
-    return tuple(results)
+def fits_whole(tiles: Tiles, P: int) -> bool:
+    """Whether a program can measure its images itself."""
+    return tiles.blocks == 1 and P <= MOST_WHOLE
 
 
 def partial_moments_forward(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, pdim: int, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return moments(x, norm_weight, norm_bias, pdim, norm_eps)[:4]
+    B, C, H, W = x.shape
+    N, P = H * W, pdim
+
+    def fresh(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    z_mean, z_cov, image_mean, image_rstd = fresh(P), fresh(P, P), fresh(B), fresh(B)
+    if norm_weight is None:
+        image_mean.zero_()
+        image_rstd.fill_(1.0)
+    if B == 0:
+        return z_mean.zero_(), z_cov.zero_(), image_mean, image_rstd
+    tiles = Tiles.of(B, N, TOKENS)
+    steps = triton.cdiv(tiles.count, PARTS)
+    parts = triton.cdiv(tiles.count, steps)
+    chunks = triton.cdiv(P, CHANNELS)
+    part_count, part_mean, part_products = fresh(parts), fresh(parts, P), fresh(parts, P, P)
+    last = channels_last(x)
+    is_whole = fits_whole(tiles, P)
+    with on_device_of(x):
+        if norm_weight is not None and not is_whole:
+            image_mean, image_rstd = measure_images(x, P, norm_eps)
+        _partial_moments[(parts, chunks, chunks)](
+            x, norm_weight, image_mean, image_rstd, part_count, part_mean, part_products,
+            B, C, P, N, tiles.blocks, tiles.count, steps, norm_eps,
+            LAST=last, IMAGES=tiles.images, PITCH=tiles.pitch, BP=CHANNELS, WHOLE=padded(P) if is_whole else 0,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+        _merge_moments[(P,)](
+            x, norm_bias, part_count, part_mean, part_products, z_mean, z_cov, parts, float(B * N), P, N,
+            HAS_NORM=norm_weight is not None, LAST=last, PP=padded(P), ROWS=16,
+        )  # fmt: skip
+    return z_mean, z_cov, image_mean, image_rstd
 
 
 # Backward: dz = (dmean + (dcov + dcov^T) (z - mean)) / count, then through the group normalisation

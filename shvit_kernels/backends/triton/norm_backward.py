@@ -22,7 +22,7 @@ MOST_WHOLE = 128
 """Channels up to which one program holds all of them."""
 MOST_CHUNK = 64
 """Channels of a program beyond that, and of long images."""
-REDUCED = 32
+REDUCED = 64
 """Sums of one program."""
 COPIED = 4096
 """Elements that one program copies."""

@@ -1,27 +1,159 @@
 """Attention whose projection is batch-normalised by the statistics of this batch.
 
-Forward: the moments of z in parts, their merge and what they say of the projection, attention. Backward: ``backward``.
+Forward, three launches: mean and centred squares of the projection of every tile, their merge by Chan's formula,
+attention with the batch normalisation folded in. The variance is that of exact z, and attention's z is rounded, so the
+first takes z as a sum of numbers of x's type, whose products with the weight are exact.
+
+Backward: ``backward``.
 """
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
 from ... import ops
 from .backward import BatchNorm, Saved, Settings, gradients
+from .common import channels_last, dot, on_device_of, padded
 from .forward import attend
-from .moments import moments
+from .moments import fits_whole, measure_images, shift, shifted_z, statistics_of_tile
+from .tiles import Tiles, both, element, tile_tokens
+
+TOKENS = 64
+MERGED = 32
+"""Channels of the projection that one program merges."""
+
+
+@triton.jit
+def _exact_product(z, w, acc):
+    """``z @ w`` of float32 z, in as many terms of w's type as hold its digits."""
+    if w.dtype == tl.float32:
+        acc = dot(z, w, "ieee", acc)
+    else:
+        for _ in tl.static_range(2 if w.dtype == tl.float16 else 3):
+            term = z.to(w.dtype)
+            acc = dot(term, w, "ieee", acc)
+            z -= term.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _measure_projection(
+    x, x1, norm_weight, image_mean, image_rstd, weight, tile_mean, tile_squares, B, C, P, N, O, blocks, eps,
+    LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, WHOLE: tl.constexpr, BK: tl.constexpr,
+    BO: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred squares of some columns of a tile's projection; the first program of a tile copies it into x1.
+
+    ``WHOLE``, if not 0, holds all channels: then images are measured here.
+    """
+    tile = tl.program_id(0)
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    size = tl.sum(valid.to(tl.float32), 0)
+    is_first = tl.program_id(1) == 0
+    mean, rstd = statistics_of_tile(
+        x, image_mean, image_rstd, norm_weight, first, image, n, valid, is_first, C, P, N, eps,
+        LAST, IMAGES, PITCH, WHOLE,
+    )  # fmt: skip
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    projected = tl.zeros([IMAGES * PITCH, BO], tl.float32)
+    for start in range(0, P, BK):
+        k = start + tl.arange(0, BK)
+        if is_first:
+            mask = both(valid, k, P)
+            values = tl.load(x + first * C * N + element(image, k, n, C, N, LAST), mask, 0.0)
+            tl.store(x1 + first * P * N + element(image, k, n, P, N, LAST), values, mask)
+        z = shifted_z(x, norm_weight, mean, rstd, first, image, k, n, valid, C, P, N, LAST)
+        w = tl.load(weight + o[None, :] * P + k[:, None], both(k < P, o, O), 0.0)
+        projected = _exact_product(z, w.to(x.dtype.element_ty), projected)
+    own = tl.sum(projected, 0) / size  # rows of no token are 0
+    centred = tl.where(valid[:, None], projected - own[None, :], 0.0)
+    tl.store(tile_mean + tile.to(tl.int64) * O + o, own, o < O)
+    tl.store(tile_squares + tile.to(tl.int64) * O + o, tl.sum(centred * centred, 0), o < O)
+
+
+@triton.jit
+def _merge_projection(
+    x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, B, P, N, O, blocks, tiles, count,
+    HAS_NORM: tl.constexpr, LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of some rows of the projection over the batch."""
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    total = tl.zeros([BT, BO], tl.float32)
+    for start in range(0, tiles, BT):
+        tile = start + tl.arange(0, BT)
+        sizes = _tokens_of(tile, B, N, blocks, tiles, IMAGES, PITCH)
+        at = tile.to(tl.int64)[:, None] * O + o[None, :]
+        total += sizes[:, None] * tl.load(tile_mean + at, both(tile < tiles, o, O), 0.0)
+    mean = tl.sum(total, 0) / count
+    total = tl.zeros([BT, BO], tl.float32)
+    for start in range(0, tiles, BT):
+        tile = start + tl.arange(0, BT)
+        mask = both(tile < tiles, o, O)
+        sizes = _tokens_of(tile, B, N, blocks, tiles, IMAGES, PITCH)
+        at = tile.to(tl.int64)[:, None] * O + o[None, :]
+        away = tl.load(tile_mean + at, mask, 0.0) - mean[None, :]
+        total += tl.where(mask, tl.load(tile_squares + at, mask, 0.0) + sizes[:, None] * away * away, 0.0)
+    tl.store(batch_var + o, tl.sum(total, 0) / count, o < O)
+    for start in range(0, P, BK):
+        k = start + tl.arange(0, BK)
+        w = tl.load(weight + o[:, None] * P + k[None, :], both(o < O, k, P), 0.0).to(tl.float32)
+        mean += tl.sum(w * shift(x, norm_bias, k, P, N, HAS_NORM, LAST)[None, :], 1)
+    tl.store(batch_mean + o, mean, o < O)
+
+
+@triton.jit
+def _tokens_of(tile, B, N, blocks, tiles, IMAGES: tl.constexpr, PITCH: tl.constexpr):
+    """How many tokens a tile has, 0 beyond the last."""
+    images = tl.minimum(B - tile // blocks * IMAGES, IMAGES)
+    tokens = tl.minimum(N - tile % blocks * PITCH, PITCH)
+    return tl.where(tile < tiles, images * tokens, 0).to(tl.float32)
+
+
+def _statistics(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The first P channels; mean and rstd of their images, None without a norm; mean and variance of the projection."""
+    B, C, H, W = x.shape
+    N = H * W
+    O, P = weight.shape
+    x1 = x.new_empty(B, P, H, W).contiguous(memory_format=ops.memory_format(x))
+    batch_mean, batch_var = x.new_empty(2, O, dtype=torch.float32)
+    if B == 0:
+        mean, rstd = x.new_empty(2, 0, dtype=torch.float32)
+        return x1, mean, rstd, batch_mean.zero_(), batch_var.zero_()
+    tiles = Tiles.of(B, N, TOKENS)
+    tile_mean, tile_squares = x.new_empty(2, tiles.count, O, dtype=torch.float32)
+    geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
+    mean = rstd = None
+    is_whole = fits_whole(tiles, P)
+    with on_device_of(x):
+        if norm_weight is not None:
+            mean, rstd = x.new_empty(2, B, dtype=torch.float32) if is_whole else measure_images(x, P, norm_eps)
+        columns = 32 if x.dtype == torch.float32 else 64
+        _measure_projection[(tiles.count, triton.cdiv(O, columns))](
+            x, x1, norm_weight, mean, rstd, weight, tile_mean, tile_squares, B, C, P, N, O, tiles.blocks, norm_eps,
+            WHOLE=padded(P) if is_whole else 0, BK=32, BO=columns, num_stages=1, **geometry,
+        )  # fmt: skip
+        _merge_projection[(triton.cdiv(O, MERGED),)](
+            x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, B, P, N, O, tiles.blocks,
+            tiles.count, float(B * N), HAS_NORM=norm_weight is not None, BO=MERGED, BT=64, BK=32, **geometry,
+        )  # fmt: skip
+    return x1, mean, rstd, batch_mean, batch_var
 
 
 def shsa_train_forward(
     x, norm_weight, norm_bias, weight, bn_weight, bn_bias,
     qk_dim, norm_eps, bn_eps, scale, relu, tf32_proj, tf32_attn,
 ):  # fmt: skip
-    B, _, H, W = x.shape
-    P = weight.shape[1]
-    x1 = x.new_empty(B, P, H, W).contiguous(memory_format=ops.memory_format(x))
-    z_mean, z_cov, mean, rstd, batch_mean, batch_var = moments(x, norm_weight, norm_bias, P, norm_eps, x1, weight)
+    x1, mean, rstd, batch_mean, batch_var = _statistics(x, norm_weight, norm_bias, weight, norm_eps)
     y, *statistics = attend(
         x, norm_weight, norm_bias, weight, None, bn_weight, bn_bias, batch_mean, batch_var, bn_eps,
         qk_dim, norm_eps, scale, relu, tf32_proj, tf32_attn, True, mean, rstd,
     )  # fmt: skip
-    return y, x1, *statistics, z_mean, z_cov, batch_mean, batch_var
+    no_moments = batch_mean.new_empty(0), batch_mean.new_empty(0)
+    return y, x1, *statistics, *no_moments, batch_mean, batch_var
 
 
 def shsa_train_backward(
