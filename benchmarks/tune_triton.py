@@ -67,10 +67,10 @@ def _short_candidates(shape: table.Shape) -> Iterator[table.Short]:
 
 def _tiled_candidates(shape: table.Shape) -> Iterator[table.Tiled]:
     _, N, _ = shape
-    tiles = ((32, 16, 16, 8), (64, 16, 16, 8), (64, 64, 16, 8), (32, 32, 16, 8)) if N > 16 else ()
-    return itertools.starmap(
-        table.Tiled, ((*t, c) for t in ((16, 16, 16, 2), (16, 16, 16, 4), *tiles) for c in (4096, 8192))
-    )
+    tiles = [(16, 16, 16, 2), (16, 16, 16, 4)]
+    if N > 16:
+        tiles += [(32, 16, 16, 8), (32, 32, 16, 8), (64, 32, 16, 8), (64, 64, 16, 8)]
+    return itertools.starmap(table.Tiled, ((*t, stages, c) for t in tiles for stages in (1, 2) for c in (4096, 8192)))
 
 
 def _mixer_candidates(shape: table.Shape) -> Iterator[table.Mixer]:

@@ -191,6 +191,7 @@ def _tiled(y, x, parameters, settings, given, outputs) -> None:
         x, y, keys, values, *parameters, *given, *outputs, B, N, C, y.shape[1], attention_blocks, settings.norm_eps,
         settings.bn_eps, settings.scale, **sizes, QUERIES=launch.queries, KEYS=launch.keys,
         **settings.of_kernel(x, y), **copy_sizes, num_warps=launch.warps,
+        num_stages=launch.stages,
     )  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def _stage(keys, values, x, parameters, settings, given, outputs, sizes, launch)
     stage[(B * triton.cdiv(N, launch.keys) * sizes["SLICES"],)](
         x, keys, values, *parameters, *given, *part_moments, *outputs, N, C, settings.norm_eps, settings.bn_eps,
         **sizes, TOKENS=launch.keys, LAST=last, PROJ=common.precision(settings.tf32_proj), PART=PART,
-        PARTS=triton.next_power_of_2(parts), num_warps=launch.warps,
+        PARTS=triton.next_power_of_2(parts), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return given if given[0] is not None else outputs
 

@@ -16,7 +16,7 @@ def load_row(vector, rows, end):
 
 
 @triton.jit
-def weight_tile(weight, rows, end, first: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr):
+def weight_tile(weight, rows, end, first, P: tl.constexpr, COLUMNS: tl.constexpr):
     """``weight[rows, first : first + COLUMNS]`` transposed, 0 from row ``end`` and column P on."""
     columns = first + tl.arange(0, COLUMNS)
     within = (rows < end)[None, :] & (columns < P)[:, None]

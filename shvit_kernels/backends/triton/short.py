@@ -36,17 +36,14 @@ def attend_short(
         q_rows = tl.arange(0, DP)
         k_rows = D + tl.arange(0, DP)
         v0_rows = 2 * D + tl.arange(0, P0)
-        v0_end: tl.constexpr = 2 * D + (P0 if P1 > 0 else P)
         wq0, wq1 = weight_tiles(weight, q_rows, D, P, P0, P1)
         wk0, wk1 = weight_tiles(weight, k_rows, 2 * D, P, P0, P1)
-        wv00, wv01 = weight_tiles(weight, v0_rows, v0_end, P, P0, P1)
+        wv00, wv01 = weight_tiles(weight, v0_rows, 2 * D + P, P, P0, P1)
         q_factor, q_offset = affine(q_rows, D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         k_factor, k_offset = affine(k_rows, 2 * D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
-        v0_factor, v0_offset = affine(v0_rows, v0_end, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         if P1 > 0:
             v1_rows = 2 * D + P0 + tl.arange(0, P1)
             wv10, wv11 = weight_tiles(weight, v1_rows, 2 * D + P, P, P0, P1)
-            v1_factor, v1_offset = affine(v1_rows, 2 * D + P, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
 
         mean = tl.zeros([IMAGES], tl.float32)
         rstd = tl.full([IMAGES], 1.0, tl.float32)
@@ -72,6 +69,9 @@ def attend_short(
         if P1 > 0:
             z1 = x1.to(dtype).reshape(IMAGES * NP, P1)
 
+        v0_factor, v0_offset = affine(v0_rows, 2 * D + P, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
+        if P1 > 0:
+            v1_factor, v1_offset = affine(v1_rows, 2 * D + P, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         # The rows of v beyond the last token meet probabilities of 0, so they must not be NaN or infinite.
         q = project(z0, z1, wq0, wq1, q_factor, q_offset, P1, PROJ).to(dtype)
         k = project(z0, z1, wk0, wk1, k_factor, k_offset, P1, PROJ).to(dtype)

@@ -28,6 +28,7 @@ class Tiled(NamedTuple):
     channels: int
     """Of x in one step of the projection."""
     warps: int
+    stages: int
     copied: int
 
 
@@ -57,10 +58,16 @@ def short(P: int, N: int, itemsize: int) -> Short:
 
 
 def tiled(P: int, N: int, itemsize: int) -> Tiled:
-    if itemsize == 2:
-        rule = Tiled(queries=64, keys=64, channels=32, warps=4, copied=8192)
-    else:  # exact products hold their operands in registers
-        rule = Tiled(queries=32, keys=16, channels=16, warps=8, copied=8192)
+    # Small enough that no device runs out of registers. The projection of keys and values takes most of them, and exact
+    # products, which hold their operands there; without both, a pipeline of loads fits.
+    if N > 256 and itemsize == 2:
+        rule = Tiled(queries=64, keys=64, channels=32, warps=4 if P <= 96 else 8, stages=3, copied=8192)
+    elif N <= 16:
+        rule = Tiled(queries=16, keys=16, channels=16, warps=8, stages=1, copied=8192)
+    elif P <= 80:
+        rule = Tiled(queries=64, keys=64, channels=16, warps=8, stages=1, copied=8192)
+    else:
+        rule = Tiled(queries=32, keys=32 if itemsize == 2 else 16, channels=16, warps=8, stages=1, copied=8192)
     return MEASURED["tiled"].get((P, N, itemsize), rule)
 
 
@@ -68,5 +75,5 @@ def mixer(P: int, N: int, itemsize: int) -> Mixer:
     if itemsize == 2:  # rows of tokens that are not aligned take an address for every element
         rule = Mixer(tokens=128 if N % 8 == 0 else 64, outs=128, channels=32, warps=8, stages=3)
     else:
-        rule = Mixer(tokens=64, outs=64, channels=16, warps=8, stages=2)
+        rule = Mixer(tokens=64, outs=64, channels=16, warps=8, stages=3)
     return MEASURED["mixer"].get((P, N, itemsize), rule)

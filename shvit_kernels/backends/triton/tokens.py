@@ -21,7 +21,7 @@ def offsets_of(images, tokens, channels, N, C, LAST: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(x, images, tokens, first: tl.constexpr, N, C, P, CHANNELS: tl.constexpr, LAST: tl.constexpr, within):
+def load_tokens(x, images, tokens, first, N, C, P, CHANNELS: tl.constexpr, LAST: tl.constexpr, within):
     """Channels ``first`` to ``first + CHANNELS`` of tokens of images, [images, tokens, channels], 0 outside."""
     channels = first + tl.arange(0, CHANNELS)
     offsets = offsets_of(images, tokens, channels, N, C, LAST)
@@ -29,7 +29,7 @@ def load_tokens(x, images, tokens, first: tl.constexpr, N, C, P, CHANNELS: tl.co
 
 
 @triton.jit
-def store_tokens(y, out, images, tokens, first: tl.constexpr, N, C, P, LAST: tl.constexpr, RELU: tl.constexpr, within):
+def store_tokens(y, out, images, tokens, first, N, C, P, LAST: tl.constexpr, RELU: tl.constexpr, within):
     """The counterpart of :func:`load_tokens`, with ReLU."""
     channels = first + tl.arange(0, out.shape[2])
     if RELU:
@@ -48,13 +48,13 @@ def sum_of_image(a0, a1, P1: tl.constexpr):
 
 
 @triton.jit
-def centred(x0, mean, first: tl.constexpr, P, CHANNELS: tl.constexpr, within):
+def centred(x0, mean, first, P, CHANNELS: tl.constexpr, within):
     channels = first + tl.arange(0, CHANNELS)
     return tl.where(within & (channels < P)[None, None, :], x0 - mean[:, None, None], 0.0)
 
 
 @triton.jit
-def normalised(x, mean, rstd, norm_weight, norm_bias, first: tl.constexpr, P, CHANNELS: tl.constexpr, within):
+def normalised(x, mean, rstd, norm_weight, norm_bias, first, P, CHANNELS: tl.constexpr, within):
     """z of [images, tokens, channels], 0 outside."""
     channels = first + tl.arange(0, CHANNELS)
     z = (x - mean[:, None, None]) * rstd[:, None, None] * load_row(norm_weight, channels, P)[None, None, :]
