@@ -107,21 +107,12 @@ def _fake_moments_backward(dmean, dcov, x1, mean, image_mean, image_rstd, norm_w
 
 
 def _fake_train(x, norm_weight, norm_bias, weight, *settings):
+    # z_mean and z_cov are zeros where the projection itself is measured: inductor mistakes empty ones.
     O, P = weight.shape
     dtype = sum_dtype(x.dtype)
     y, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
     sizes = ((P,), (P, P), (O,), (O,))
     return y, _empty_image(x, P), *statistics, *(x.new_empty(size, dtype=dtype) for size in sizes)
-
-
-def _fake_measured_train(x, *rest):
-    """Without the moments, where the projection itself is measured."""
-    output = _fake_train(x, *rest)
-    return *output[:6], output[6].new_empty(0), output[7].new_empty(0), *output[8:]
-
-
-def _fake_native_train(x, *rest):
-    return _fake_measured_train(x, *rest) if x.is_cpu else _fake_train(x, *rest)
 
 
 def _fake_train_backward(dy, y, *rest):
@@ -168,8 +159,7 @@ def define(family: str) -> None:
     for schema in _SCHEMAS:
         _library.define(schema.replace("_X(", f"_{family}("))
     FAMILIES[family] = {}
-    train = {"native": _fake_native_train, "triton": _fake_measured_train}.get(family, _fake_train)
-    for name, fake in (_FAKES | {"shsa_train_forward": train}).items():
+    for name, fake in _FAKES.items():
         torch.library.register_fake(f"shvit_kernels::{name}_{family}", _on_one_device(fake), lib=_library)
         FAMILIES[family][name] = getattr(torch.ops.shvit_kernels, f"{name}_{family}").default
 

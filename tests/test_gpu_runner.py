@@ -294,7 +294,8 @@ def test_a_worker_that_ends_is_an_error(tmp_path):
             worker.end()
 
 
-def test_every_outcome_of_a_test_is_kept(tmp_path):
+def test_every_outcome_of_a_test_is_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of the process that this test runs in
     file = tmp_path / "test_some.py"
     file.write_text(
         "import pytest\n"

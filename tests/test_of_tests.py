@@ -10,6 +10,7 @@ from torch import Tensor
 from shvit_kernels import backends
 from shvit_kernels.backends import eager
 from tests import test_partial_moments, test_shsa, test_shsa_eval, test_shsa_layer
+from tests.support import exact
 from tests.support.cases import Case, moments_call, shsa_call
 from tests.support.numerics import assert_parity, expect
 
@@ -241,4 +242,4 @@ def test_eager_itself_is_within_its_bound():
         for call in (shsa_call(Case(dtype=dtype)), shsa_call(Case(dtype=dtype, B=0))):
             assert_parity(call.run("eager"), expect(call))
         call = moments_call(Case(dtype=dtype))
-        assert_parity(call.run("eager"), expect(call, test_partial_moments.exact))
+        assert_parity(call.run("eager"), expect(call, exact.of_moments))

@@ -382,7 +382,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   attend(kernels_for(x.scalar_type()), s, x, norm, plain.weight.data(), nullptr, norm_eps, scale, relu, y,
          &saved, batch_norm, x1.mutable_data_ptr());
   // No moments of z: the statistics are those of the staged projection.
-  return {y, x1, saved.mean, saved.rstd, saved.row_max, saved.row_sum, fresh({0}), fresh({0}), mean, variance};
+  const Tensor z_mean = torch::stable::fill_(fresh({s.P}), 0),
+               z_cov = torch::stable::fill_(fresh({s.P, s.P}), 0);
+  return {y, x1, saved.mean, saved.rstd, saved.row_max, saved.row_sum, z_mean, z_cov, mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(

@@ -152,7 +152,8 @@ def shsa_train_forward(
         x, norm_weight, norm_bias, weight, None, bn_weight, bn_bias, batch_mean, batch_var, bn_eps,
         qk_dim, norm_eps, scale, relu, tf32_proj, tf32_attn, True, mean, rstd,
     )  # fmt: skip
-    no_moments = batch_mean.new_empty(0), batch_mean.new_empty(0)
+    P = weight.shape[1]
+    no_moments = batch_mean.new_zeros(P), batch_mean.new_zeros(P, P)
     return y, x1, *statistics, *no_moments, batch_mean, batch_var
 
 
