@@ -1,10 +1,10 @@
 """Predicts the time of each GPU kernel on an H100 from bytes, operations and launches, and prints the Markdown tables.
 
-    python benchmarks/predict.py > benchmarks/results/predictions.md
+    python -m benchmarks.predict > benchmarks/results/predictions.md
 
-The times are a model of what the operators must do, written before any measurement on a GPU. What a block asks for, and
-how many are resident on a multiprocessor, is read off the kernels: their launches, noted by the hosted tier, and their
-registers, reported by nvcc for sm_90a.
+The times are a model of what the operators must do, written before any measurement on a GPU. What a block asks for is
+read off the kernels: their launches, noted by the hosted tier. How many blocks are resident is what threads and shared
+memory allow; the compiled tier reports what registers leave of that.
 
 A kernel takes ``launch + max(bytes / bandwidth, operations / rate, waves * chain)``: one launch inside a CUDA graph,
 the memory traffic that cannot be avoided, the tensor cores, and the serial path of one block (load, reductions,
@@ -30,6 +30,7 @@ SIMPLE_RATE = 30e6  # float32 operations per microsecond outside tensor cores, 0
 LAUNCH = 2.0  # microseconds between two dependent small kernels of a graph
 HALF, FLOAT = 2, 4  # bytes
 BATCHES = (1, 32, 256)
+FEWEST_REGISTERS = 32
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,14 @@ def launches(s: Shape, B: int) -> dict[str, list[cuda_hosted.Launch]]:
 
 def launch_table(s: Shape, B: int) -> list[str]:
     device = cuda_builds.DEVICES["90a"]
-    builds = {b.kernel: b for source in cuda_builds.SOURCES for b in cuda_builds.built(source, "90a")}
-    head = ["operator", "kernel", "blocks", "threads", "registers", "shared memory", "resident blocks", "occupancy"]
+    head = ["operator", "kernel", "blocks", "threads", "shared memory", "most resident blocks", "most occupancy"]
     lines = [row(head), row(["---"] * len(head))]
     for operator, noted in launches(s, B).items():
         for launch in noted:
-            build = builds[cuda_builds.plain(launch.kernel)]
-            shared = launch.shared + build.static_shared
-            resident = device.resident_blocks(build.registers, launch.threads, shared)
-            occupancy = device.occupancy(build.registers, launch.threads, shared)
-            cells = [operator, f"`{build.kernel}`", launch.blocks, launch.threads, build.registers]
-            cells += [f"{shared / 1024:.1f} KiB", resident, f"{occupancy:.0%}"]
+            most = device.resident_blocks(FEWEST_REGISTERS, launch.threads, launch.shared)
+            occupancy = device.occupancy(FEWEST_REGISTERS, launch.threads, launch.shared)
+            cells = [operator, f"`{cuda_builds.plain(launch.kernel)}`", launch.blocks, launch.threads]
+            cells += [f"{launch.shared / 1024:.1f} KiB", most, f"{occupancy:.0%}"]
             lines.append(row(list(map(str, cells))))
     return lines
 
@@ -236,7 +234,7 @@ def training_table(shapes: list[Shape], B: int) -> list[str]:
 def main() -> None:
     shapes = shapes_of_the_family()
     print("# Predictions for an H100, float16, NCHW\n")
-    print("Predicted, not measured; `python benchmarks/predict.py` prints this page from the model in its docstring.")
+    print("Predicted, not measured; `python -m benchmarks.predict` prints this page from the model in its docstring.")
     print(f"Assumed: {BANDWIDTH / 1e6:.1f} TB/s, {TENSOR_RATE / 1e6:.0f} TFLOP/s in short chains of 16-bit tensor-core")
     print(f"products, {LAUNCH:.0f} us a launch inside a graph, {MULTIPROCESSORS} multiprocessors.\n")
     print("## shsa, forward: one launch\n")
