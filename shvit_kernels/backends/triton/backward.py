@@ -24,14 +24,24 @@ from torch import Tensor
 
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded, precision, row_maximum, split
-from .norm_backward import InputGradient, Rest, finish_input_gradient, reduce_parts
+from .norm_backward import (
+    InputGradient,
+    Rest,
+    add_to_sums,
+    leave_sums,
+    reduce_parts,
+    store_input_gradient,
+    sums_of_images,
+)
 from .projection import affine, load_row, project, weight_tiles
-from .tiles import Tiles, affine_tile, both, element, normal_tile, tile_tokens
+from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
 from .tokens import before_relu, load_tokens, normalised
 
 MOST_SHORT_TOKENS = 64
 MOST_SHORT_CHANNELS = 128
 MOST_SHORT_WIDTH = 32
+PROJECTION_TOKENS = 64
+"""Rows of a tile whose gradient goes through the projection."""
 PARTS = 64
 """Parts of the weight's gradient, at most."""
 
@@ -128,10 +138,12 @@ def _attend_short(
     hk = _normalised_projection(z0, z1, weight, ok, 2 * D, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
     q = _before_norm(hq, oq, D, bn_weight, bn_bias).to(dtype)
     k = _before_norm(hk, ok, 2 * D, bn_weight, bn_bias).to(dtype)
+    hq = hq.to(dtype)  # for want of registers
+    hk = hk.to(dtype)
     logits = tl.where(valid[None, :], dot(q, k.trans(), ATTN) * scale, float("-inf"))
     p = tl.exp(logits - row_maximum(logits, 1)[:, None])
     pairs = valid[:, None] & valid[None, :]
-    p = tl.where(pairs, p / tl.sum(p, 1)[:, None], 0.0)
+    p = tl.where(pairs, p / tl.sum(p, 1)[:, None], 0.0).to(dtype)
 
     to = sums + image.to(tl.int64) * (2 if BATCH_NORM else 1) * O
     rows = image.to(tl.int64) * N + n
@@ -143,11 +155,12 @@ def _attend_short(
         hv = _normalised_projection(z0, z1, weight, 2 * D + c, O, bias, bn_mean, bn_var, bn_eps, P, P0, P1, PROJ)
         v = _before_norm(hv, 2 * D + c, O, bn_weight, bn_bias).to(dtype)
         dp = dot(dout, v.trans(), ATTN, dp)
-        dv = dot(p.to(dtype).trans(), dout, ATTN)
+        dv = dot(p.trans(), dout, ATTN)
         _leave(dv, hv, dqkv, hats, to, rows, 2 * D + c, O, valid, ld, O, BATCH_NORM)
 
     # Divided by the sum of p, which is 1 but for rounding: one key alone then leaves exactly nothing.
     dp = tl.where(pairs, dp, 0.0)
+    p = p.to(tl.float32)
     delta = tl.sum(p * dp, 1) / tl.where(valid, tl.sum(p, 1), 1.0)
     dlogits = tl.where(pairs, p * (dp - delta[:, None]), 0.0).to(dtype)
     dq = dot(dlogits, k, ATTN) * scale
@@ -392,28 +405,56 @@ def _weight_part(
 
 
 @triton.jit
-def _input_tile(
-    program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, weight, tile_sums,
-    dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr,
-    PITCH: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+def _dz(
+    dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO: tl.constexpr,
+    PROJ: tl.constexpr,
 ):  # fmt: skip
-    """dz of some channels of a tile, and what follows from it."""
-    chunks = tl.cdiv(P, BP)
-    tile = program // chunks
-    start = program % chunks * BP
-    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-    c = start + tl.arange(0, BP)
-    dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
-    for inner in range(0, O, BK):
-        o = inner + tl.arange(0, BK)
+    """A block of channels of the gradient of z, 0 outside."""
+    dz = tl.zeros([valid.shape[0], c.shape[0]], tl.float32)
+    for start in range(0, O, BO):
+        o = start + tl.arange(0, BO)
         offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
         d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
         w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
         dz = dot(d, w.to(d.dtype), PROJ, dz)
-    finish_input_gradient(
-        dz, x1, dx, mean, rstd, norm_weight, tile_sums, dnorm_parts, tile, first, image, n, valid, start,
-        C, P, N, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, STAGE,
-    )  # fmt: skip
+    return tl.where(both(valid, c, P), dz, 0.0)
+
+
+@triton.jit
+def _input_tile(
+    tile, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, weight, tile_sums, dnorm_parts,
+    B, C, P, N, O, ld, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+):  # fmt: skip
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    total = tl.zeros([IMAGES * PITCH], tl.float32)
+    projected = tl.zeros([IMAGES * PITCH], tl.float32)
+    if norm_weight is not None:
+        if STAGE == "store":
+            total, projected = sums_of_images(tile_sums, first, image, valid, blocks)
+        else:
+            for start in range(0, P, BP):
+                c = start + tl.arange(0, BP)
+                dz = _dz(
+                    dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO,
+                    PROJ,
+                )  # fmt: skip
+                normal = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
+                total, projected = add_to_sums(dz, normal, norm_weight, total, projected, dnorm_parts, tile, c, P)
+            total = sum_of_image(total, IMAGES, PITCH)
+            projected = sum_of_image(projected, IMAGES, PITCH)
+            if STAGE == "sums":
+                leave_sums(total, projected, tile_sums, tile, first, image, n, valid, blocks, PITCH)
+    if STAGE != "sums" and dx is not None:
+        for start in range(0, P, BP):
+            c = start + tl.arange(0, BP)
+            dz = _dz(
+                dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO, PROJ
+            )  # fmt: skip
+            normal = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
+            store_input_gradient(
+                dz, normal, rstd, norm_weight, total, projected, dx, first, image, n, valid, c, C, P, N, DX_LAST
+            )  # fmt: skip
 
 
 @triton.jit
@@ -421,8 +462,9 @@ def _through_projection(
     dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, norm_bias, weight, dweight_parts,
     tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, tiles, steps, weight_programs,
     X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BP: tl.constexpr,
-    BK: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+    BO: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
 ):  # fmt: skip
+    """A part of the weight's gradient, or dz of a tile and what follows from it."""
     program = tl.program_id(0)
     if program < weight_programs:
         _weight_part(
@@ -432,7 +474,7 @@ def _through_projection(
     else:
         _input_tile(
             program - weight_programs, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight,
-            weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BK, STAGE,
+            weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BO, STAGE,
             PROJ,
         )  # fmt: skip
 
@@ -508,8 +550,8 @@ def _attention_gradient(
         tokens = padded(N)
         _attend_short[(B,)](
             dy, y, x1, mean, rstd, *norm, weight, bias, *bn, dqkv, hats, sums, settings.scale, ld,
-            C=C, P=P, D=D, N=N, TOKENS=tokens, DP=padded(D), P0=P0, P1=P1, BP=32, PROJ=proj, ATTN=attn,
-            num_warps=2 if tokens < 64 else 4, num_stages=1, **layout,
+            C=C, P=P, D=D, N=N, TOKENS=tokens, DP=padded(D), P0=P0, P1=P1, BP=16 if tokens > 16 else 32,
+            PROJ=proj, ATTN=attn, num_warps=4 if tokens > 16 else 2, num_stages=1, **layout,
         )  # fmt: skip
         return AttentionGradient(dqkv, hats, sums)
     hats = torch.empty_like(dqkv)
@@ -582,31 +624,28 @@ def gradients(
             if batch_norm is not None:
                 means = _means(attention.sums, batch_norm, float(B * N), *dlast)
                 bn_weight, _, _, bn_var, bn_eps = batch_norm
-            tiles = Tiles.of(B, N, _tile_tokens(x1))
+            tiles = Tiles.of(B, N, PROJECTION_TOKENS)
             dnorm = dnorm_weight is not None or dnorm_bias is not None
             plan = InputGradient.of(x1, tiles, norm[0], dx is not None, dnorm)
             dweight_parts = None
             weight_programs = 0
             steps = triton.cdiv(tiles.count, PARTS)
-            weight_block = (32 if x1.dtype == torch.float32 else 64, 32)
+            rows, columns = (32 if x1.dtype == torch.float32 else 64), 32
             if dweight is not None:
                 parts = triton.cdiv(tiles.count, steps)
                 dweight_parts = x1.new_empty(parts, O, P, dtype=torch.float32)
-                weight_programs = parts * triton.cdiv(O, weight_block[0]) * triton.cdiv(P, weight_block[1])
-            stages = plan.stages if dx is not None or dnorm else ("none",)
-            for stage in stages:
-                input_programs = 0 if stage == "none" else tiles.count * plan.chunks
+                weight_programs = parts * triton.cdiv(O, rows) * triton.cdiv(P, columns)
+            for stage in plan.stages or ("weight",) * (dweight is not None):
+                input_programs = 0 if stage == "weight" else tiles.count
                 if stage == "store":
                     weight_programs = 0
-                if weight_programs + input_programs == 0:
-                    continue
                 _through_projection[(weight_programs + input_programs,)](
                     attention.dqkv, attention.hats, means, bn_weight, bn_var, bn_eps,
                     x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
-                    BP=plan.channels, BK=32, WEIGHT_O=weight_block[0], WEIGHT_P=weight_block[1], STAGE=stage,
-                    PROJ=precision(settings.tf32_proj), num_warps=8 if plan.channels > 64 else 4, num_stages=2,
+                    BP=32, BO=rows, WEIGHT_O=rows, WEIGHT_P=columns, STAGE=stage,
+                    PROJ=precision(settings.tf32_proj), num_stages=2,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)

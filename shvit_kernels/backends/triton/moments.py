@@ -12,17 +12,13 @@ from torch import Tensor
 
 from ... import ops
 from .common import channels_last, dot, on_device_of, padded
-from .norm_backward import InputGradient, finish_input_gradient, reduce_parts
+from .norm_backward import InputGradient, add_to_sums, leave_sums, reduce_parts, store_input_gradient, sums_of_images
 from .tiled import measure, merged
 from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
 
 TOKENS = 64
-"""Rows of a tile of the forward."""
-BACKWARD_TOKENS = 32
 CHANNELS = 32
 """Channels of a block of the covariance: exact products of larger blocks run out of registers."""
-BACKWARD_CHANNELS = 16
-"""Channels that one step of the backward's product takes."""
 PARTS = 64
 """Partial covariances of a batch, at most."""
 MOST_WHOLE = 128
@@ -207,7 +203,7 @@ def measure_images(x: Tensor, P: int, eps: float) -> tuple[Tensor, Tensor]:
     N = H * W
     parts = triton.cdiv(N, PART)
     part_mean, part_squares = x.new_empty(2, B, parts, dtype=torch.float32)
-    mean, rstd = x.new_empty(2, B, dtype=torch.float32)
+    mean, rstd = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
     last = channels_last(x)
     measure[(B * parts,)](x, part_mean, part_squares, N, C, P=P, PART=PART, TOKENS=TOKENS, CHANNELS=CHANNELS, LAST=last)
     _merge_parts[(B,)](part_mean, part_squares, mean, rstd, N, P, eps, PART=PART, PARTS=triton.next_power_of_2(parts))
@@ -261,39 +257,13 @@ def partial_moments_forward(
 
 
 @triton.jit
-def _moments_backward(
-    dmean,
-    dcov,
-    x1,
-    dx,
-    z_mean,
-    image_mean,
-    image_rstd,
-    norm_weight,
-    norm_bias,
-    tile_sums,
-    dnorm_parts,
-    count,
-    B,
-    C,
-    P,
-    N,
-    blocks,
-    X1_LAST: tl.constexpr,
-    DX_LAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    PITCH: tl.constexpr,
-    BK: tl.constexpr,
-    BP: tl.constexpr,
-    STAGE: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    start = tl.program_id(1) * BP
-    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-    c = start + tl.arange(0, BP)
-    dz = tl.zeros([IMAGES * PITCH, BP], tl.float32)
-    for inner in range(0, P, BK):
-        k = inner + tl.arange(0, BK)
+def _dz(
+    dmean, dcov, x1, z_mean, image_mean, image_rstd, norm_weight, norm_bias, count, first, image, n, valid, c, P, N,
+    X1_LAST: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    dz = tl.zeros([valid.shape[0], c.shape[0]], tl.float32)
+    for start in range(0, P, BK):
+        k = start + tl.arange(0, BK)
         z = normal_tile(x1, image_mean, image_rstd, first, image, k, n, valid, P, N, X1_LAST)
         z = affine_tile(z, norm_weight, norm_bias, valid, k, P)
         z = tl.where(both(valid, k, P), z - tl.load(z_mean + k, k < P, 0.0)[None, :], 0.0)
@@ -302,32 +272,48 @@ def _moments_backward(
         symmetric += tl.load(dcov + c[None, :] * P + k[:, None], pairs, 0.0)
         dz = dot(z, symmetric, "ieee", dz)
     dz = (dz + tl.load(dmean + c, c < P, 0.0)[None, :]) / count
-    finish_input_gradient(
-        dz,
-        x1,
-        dx,
-        image_mean,
-        image_rstd,
-        norm_weight,
-        tile_sums,
-        dnorm_parts,
-        tile,
-        first,
-        image,
-        n,
-        valid,
-        start,
-        C,
-        P,
-        N,
-        blocks,
-        X1_LAST,
-        DX_LAST,
-        IMAGES,
-        PITCH,
-        BP,
-        STAGE,
-    )
+    return tl.where(both(valid, c, P), dz, 0.0)
+
+
+@triton.jit
+def _moments_backward(
+    dmean, dcov, x1, dx, z_mean, image_mean, image_rstd, norm_weight, norm_bias, tile_sums, dnorm_parts, count,
+    B, C, P, N, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr,
+    BP: tl.constexpr, BK: tl.constexpr, STAGE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    total = tl.zeros([IMAGES * PITCH], tl.float32)
+    projected = tl.zeros([IMAGES * PITCH], tl.float32)
+    if norm_weight is not None:
+        if STAGE == "store":
+            total, projected = sums_of_images(tile_sums, first, image, valid, blocks)
+        else:
+            for start in range(0, P, BP):
+                c = start + tl.arange(0, BP)
+                dz = _dz(
+                    dmean, dcov, x1, z_mean, image_mean, image_rstd, norm_weight, norm_bias, count, first, image, n,
+                    valid, c, P, N, X1_LAST, BK,
+                )  # fmt: skip
+                normal = normal_tile(x1, image_mean, image_rstd, first, image, c, n, valid, P, N, X1_LAST)
+                total, projected = add_to_sums(
+                    dz, normal, norm_weight, total, projected, dnorm_parts, tile, c, P
+                )  # fmt: skip
+            total = sum_of_image(total, IMAGES, PITCH)
+            projected = sum_of_image(projected, IMAGES, PITCH)
+            if STAGE == "sums":
+                leave_sums(total, projected, tile_sums, tile, first, image, n, valid, blocks, PITCH)
+    if STAGE != "sums" and dx is not None:
+        for start in range(0, P, BP):
+            c = start + tl.arange(0, BP)
+            dz = _dz(
+                dmean, dcov, x1, z_mean, image_mean, image_rstd, norm_weight, norm_bias, count, first, image, n, valid,
+                c, P, N, X1_LAST, BK,
+            )  # fmt: skip
+            normal = normal_tile(x1, image_mean, image_rstd, first, image, c, n, valid, P, N, X1_LAST)
+            store_input_gradient(
+                dz, normal, image_rstd, norm_weight, total, projected, dx, first, image, n, valid, c, C, P, N, DX_LAST
+            )  # fmt: skip
 
 
 def partial_moments_backward(
@@ -354,38 +340,16 @@ def partial_moments_backward(
     dnorm = dnorm_weight is not None or dnorm_bias is not None
     if norm_weight is None:
         image_mean = image_rstd = None
-    tiles = Tiles.of(B, N, BACKWARD_TOKENS)
+    tiles = Tiles.of(B, N, TOKENS)
     plan = InputGradient.of(x1, tiles, norm_weight, needs[0], dnorm)
     with on_device_of(x1):
-        if B > 0 and (needs[0] or dnorm):
-            for stage in plan.stages:
-                _moments_backward[(tiles.count, plan.chunks)](
-                    dmean,
-                    dcov,
-                    x1,
-                    dx,
-                    mean,
-                    image_mean,
-                    image_rstd,
-                    norm_weight,
-                    norm_bias,
-                    plan.tile_sums,
-                    plan.dnorm_parts,
-                    float(B * N),
-                    B,
-                    channels,
-                    P,
-                    N,
-                    tiles.blocks,
-                    X1_LAST=channels_last(x1),
-                    DX_LAST=dx is not None and channels_last(dx),
-                    IMAGES=tiles.images,
-                    PITCH=tiles.pitch,
-                    BK=BACKWARD_CHANNELS,
-                    BP=plan.channels,
-                    STAGE=stage,
-                    num_stages=1,
-                )
+        for stage in plan.stages if B > 0 else ():
+            _moments_backward[(tiles.count,)](
+                dmean, dcov, x1, dx, mean, image_mean, image_rstd, norm_weight, norm_bias, plan.tile_sums,
+                plan.dnorm_parts, float(B * N), B, channels, P, N, tiles.blocks,
+                X1_LAST=channels_last(x1), DX_LAST=dx is not None and channels_last(dx), IMAGES=tiles.images,
+                PITCH=tiles.pitch, BP=CHANNELS, BK=CHANNELS, STAGE=stage, num_stages=1,
+            )  # fmt: skip
         reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias)
     return tuple(t if t is not None else x1.new_empty(0) for t in (dx, dnorm_weight, dnorm_bias))
 

@@ -2,8 +2,9 @@
 
     dx1 = rstd * (g - mean(g) - normal * mean(g * normal))       with g = norm_weight * dz, means over an image
 
-The means need all of an image. A tile that holds whole images takes them itself (stage "whole"); otherwise the kernel
-that makes dz runs twice: it leaves the sums of each tile (stage "sums"), then adds those of the image ("store").
+A program has all channels of a tile, but only a block of them at a time: it makes dz twice, first for the sums that the
+means need, then for dx1. Where a tile is not all of an image, that is two launches (stages "sums" and "store" instead
+of "whole"), with the sums of the tiles in memory between them. Without a norm there is only the second half.
 """
 
 from typing import NamedTuple
@@ -13,15 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import channels_last, padded
+from .common import channels_last
 from .forward import copy_blocks
-from .tiles import Tiles, both, element, sum_of_image
+from .tiles import Tiles, both, element
 from .tokens import copy_rest
 
-MOST_WHOLE = 128
-"""Channels up to which one program holds all of them."""
-MOST_CHUNK = 64
-"""Channels of a program beyond that, and of long images."""
 REDUCED = 64
 """Sums of one program."""
 COPIED = 4096
@@ -29,74 +26,57 @@ COPIED = 4096
 
 
 @triton.jit
-def finish_input_gradient(
-    dz,
-    x1,
-    dx,
-    mean,
-    rstd,
-    norm_weight,
-    tile_sums,
-    dnorm_parts,
-    tile,
-    first,
-    image,
-    n,
-    valid,
-    start,
-    C,
-    P,
-    N,
-    blocks,
-    X1_LAST: tl.constexpr,
-    DX_LAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    PITCH: tl.constexpr,
-    BP: tl.constexpr,
-    STAGE: tl.constexpr,
-):
-    """From dz [rows, BP], float32, of the channels from ``start`` on."""
-    c = start + tl.arange(0, BP)
-    mask = both(valid, c, P)
+def add_to_sums(dz, normal, norm_weight, total, projected, dnorm_parts, tile, c, P):
+    """The sums over channels of g and g * normal, of each row; and the tile's part of the parameters' gradients.
+
+    dz and normal are 0 outside.
+    """
+    if dnorm_parts is not None:
+        to = dnorm_parts + tile.to(tl.int64) * 2 * P + c
+        tl.store(to, tl.sum(dz * normal, 0), c < P)
+        tl.store(to + P, tl.sum(dz, 0), c < P)
+    g = dz * tl.load(norm_weight + c, c < P, 0.0).to(tl.float32)[None, :]
+    return total + tl.sum(g, 1), projected + tl.sum(g * normal, 1)
+
+
+@triton.jit
+def leave_sums(total, projected, tile_sums, tile, first, image, n, valid, blocks, PITCH: tl.constexpr):
+    """Those of each image in a tile to memory."""
+    at = tile_sums + ((first + image) * blocks + tile % blocks) * 2
+    writes = valid & (n % PITCH == 0)
+    tl.store(at, total, writes)
+    tl.store(at + 1, projected, writes)
+
+
+@triton.jit
+def sums_of_images(tile_sums, first, image, valid, blocks):
+    """For each row those of all tiles of its image."""
+    total = tl.zeros(valid.shape, tl.float32)
+    projected = tl.zeros(valid.shape, tl.float32)
+    at = tile_sums + (first + image) * blocks * 2
+    for _ in range(blocks):
+        total += tl.load(at, valid, 0.0)
+        projected += tl.load(at + 1, valid, 0.0)
+        at += 2
+    return total, projected
+
+
+@triton.jit
+def store_input_gradient(
+    dz, normal, rstd, norm_weight, total, projected, dx, first, image, n, valid, c, C, P, N, LAST: tl.constexpr
+):  # fmt: skip
+    """dx of a block of channels, from the sums over the row's image."""
     if norm_weight is not None:
-        m = tl.load(mean + first + image, valid, 0.0)
-        r = tl.load(rstd + first + image, valid, 0.0)
-        x = tl.load(x1 + first * P * N + element(image, c, n, P, N, X1_LAST), mask, 0.0).to(tl.float32)
-        dz = tl.where(mask, dz, 0.0)
-        normal = tl.where(mask, (x - m[:, None]) * r[:, None], 0.0)
-        if STAGE != "store" and dnorm_parts is not None:
-            to = dnorm_parts + tile.to(tl.int64) * 2 * P + c
-            tl.store(to, tl.sum(dz * normal, 0), c < P)
-            tl.store(to + P, tl.sum(dz, 0), c < P)
         g = dz * tl.load(norm_weight + c, c < P, 0.0).to(tl.float32)[None, :]
-        chunks = tl.cdiv(P, BP)
-        if STAGE == "store":
-            total = tl.zeros([IMAGES * PITCH], tl.float32)
-            projected = tl.zeros([IMAGES * PITCH], tl.float32)
-            at = tile_sums + (first + image) * blocks * chunks * 2
-            for _ in range(blocks * chunks):
-                total += tl.load(at, valid, 0.0)
-                projected += tl.load(at + 1, valid, 0.0)
-                at += 2
-        else:
-            total = sum_of_image(tl.sum(g, 1), IMAGES, PITCH)
-            projected = sum_of_image(tl.sum(g * normal, 1), IMAGES, PITCH)
-        if STAGE == "sums":
-            block = (first + image) * blocks + tile % blocks
-            at = tile_sums + (block * chunks + start // BP) * 2
-            writes = valid & (n % PITCH == 0)
-            tl.store(at, total, writes)
-            tl.store(at + 1, projected, writes)
+        r = tl.load(rstd + first + image, valid, 0.0)
         dz = r[:, None] * (g - (total / (P * N))[:, None] - normal * (projected / (P * N))[:, None])
-    if STAGE != "sums" and dx is not None:
-        tl.store(dx + first * C * N + element(image, c, n, C, N, DX_LAST), dz.to(dx.dtype.element_ty), mask)
+    to = dx + first * C * N + element(image, c, n, C, N, LAST)
+    tl.store(to, dz.to(dx.dtype.element_ty), both(valid, c, P))
 
 
 class InputGradient(NamedTuple):
-    """How a kernel that ends with ``finish_input_gradient`` is launched: grid (tiles, chunks), once for each stage."""
+    """How a kernel that ends so is launched, a program for each tile: its stages, and what they leave in memory."""
 
-    channels: int
-    chunks: int
     stages: tuple[str, ...]
     tile_sums: Tensor | None
     dnorm_parts: Tensor | None
@@ -104,19 +84,14 @@ class InputGradient(NamedTuple):
     @classmethod
     def of(cls, x1: Tensor, tiles: Tiles, norm_weight: Tensor | None, dx: bool, dnorm: bool) -> "InputGradient":
         """``dx``, ``dnorm``: whether the gradients of x1 and of the norm's parameters are asked for."""
+        if norm_weight is None:
+            return cls(("whole",) if dx else (), None, None)
         B, P = x1.shape[:2]
-        whole = norm_weight is not None and tiles.blocks == 1 and P <= MOST_WHOLE
-        channels = padded(P) if whole else min(padded(P), MOST_CHUNK)
-        chunks = triton.cdiv(P, channels)
-        in_two = norm_weight is not None and not whole
-        stages = ("sums", "store") if in_two and dx else ("sums",) if in_two else ("whole",)
-        return cls(
-            channels,
-            chunks,
-            stages,
-            x1.new_empty(B, tiles.blocks, chunks, 2, dtype=torch.float32) if in_two else None,
-            x1.new_empty(tiles.count, 2, P, dtype=torch.float32) if dnorm and norm_weight is not None else None,
-        )
+        dnorm_parts = x1.new_empty(tiles.count, 2, P, dtype=torch.float32) if dnorm else None
+        if tiles.blocks == 1:
+            return cls(("whole",) if dx or dnorm else (), None, dnorm_parts)
+        stages = ("sums", "store") if dx else ("sums",) if dnorm else ()
+        return cls(stages, x1.new_empty(B, tiles.blocks, 2, dtype=torch.float32), dnorm_parts)
 
 
 @triton.jit

@@ -74,11 +74,11 @@ def _measure_projection(
 
 @triton.jit
 def _merge_projection(
-    x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, B, P, N, O, blocks, tiles, count,
-    HAS_NORM: tl.constexpr, LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr,
+    x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, z_mean, z_cov, B, P, N, O, blocks, tiles,
+    count, HAS_NORM: tl.constexpr, LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of some rows of the projection over the batch."""
+    """Mean and variance of some rows of the projection over the batch; and zeros for the moments that nothing reads."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     total = tl.zeros([BT, BO], tl.float32)
     for start in range(0, tiles, BT):
@@ -101,6 +101,10 @@ def _merge_projection(
         w = tl.load(weight + o[:, None] * P + k[None, :], both(o < O, k, P), 0.0).to(tl.float32)
         mean += tl.sum(w * shift(x, norm_bias, k, P, N, HAS_NORM, LAST)[None, :], 1)
     tl.store(batch_mean + o, mean, o < O)
+    for start in range(tl.program_id(0) * FILLED, P * P, tl.num_programs(0) * FILLED):
+        i = start + tl.arange(0, FILLED)
+        tl.store(z_cov + i, 0.0, i < P * P)
+        tl.store(z_mean + i, 0.0, i < P)
 
 
 @triton.jit
@@ -113,48 +117,52 @@ def _tokens_of(tile, B, N, blocks, tiles, IMAGES: tl.constexpr, PITCH: tl.conste
 
 def _statistics(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, norm_eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The first P channels; mean and rstd of their images, None without a norm; mean and variance of the projection."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """The first P channels; mean and rstd of their images, None without a norm; zeros for the moments of z; mean and
+    variance of the projection."""
     B, C, H, W = x.shape
     N = H * W
     O, P = weight.shape
     x1 = x.new_empty(B, P, H, W).contiguous(memory_format=ops.memory_format(x))
-    batch_mean, batch_var = x.new_empty(2, O, dtype=torch.float32)
+
+    def fresh(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    statistics = fresh(P), fresh(P, P), fresh(O), fresh(O)
     if B == 0:
-        mean, rstd = x.new_empty(2, 0, dtype=torch.float32)
-        return x1, mean, rstd, batch_mean.zero_(), batch_var.zero_()
+        return x1, fresh(0), fresh(0), *(t.zero_() for t in statistics)
+    z_mean, z_cov, batch_mean, batch_var = statistics
     tiles = Tiles.of(B, N, TOKENS)
-    tile_mean, tile_squares = x.new_empty(2, tiles.count, O, dtype=torch.float32)
+    tile_mean, tile_squares = fresh(2, tiles.count, O)
     geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
     mean = rstd = None
     is_whole = fits_whole(tiles, P)
     with on_device_of(x):
         if norm_weight is not None:
-            mean, rstd = x.new_empty(2, B, dtype=torch.float32) if is_whole else measure_images(x, P, norm_eps)
+            mean, rstd = (fresh(B), fresh(B)) if is_whole else measure_images(x, P, norm_eps)
         columns = 32 if x.dtype == torch.float32 else 64
         _measure_projection[(tiles.count, triton.cdiv(O, columns))](
             x, x1, norm_weight, mean, rstd, weight, tile_mean, tile_squares, B, C, P, N, O, tiles.blocks, norm_eps,
             WHOLE=padded(P) if is_whole else 0, BK=32, BO=columns, num_stages=1, **geometry,
         )  # fmt: skip
         _merge_projection[(triton.cdiv(O, MERGED),)](
-            x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, B, P, N, O, tiles.blocks,
-            tiles.count, float(B * N), HAS_NORM=norm_weight is not None, BO=MERGED, BT=64, BK=32, **geometry,
+            x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, z_mean, z_cov, B, P, N, O,
+            tiles.blocks, tiles.count, float(B * N), HAS_NORM=norm_weight is not None, BO=MERGED, BT=64, BK=32,
+            FILLED=1024, **geometry,
         )  # fmt: skip
-    return x1, mean, rstd, batch_mean, batch_var
+    return x1, mean, rstd, *statistics
 
 
 def shsa_train_forward(
     x, norm_weight, norm_bias, weight, bn_weight, bn_bias,
     qk_dim, norm_eps, bn_eps, scale, relu, tf32_proj, tf32_attn,
 ):  # fmt: skip
-    x1, mean, rstd, batch_mean, batch_var = _statistics(x, norm_weight, norm_bias, weight, norm_eps)
-    y, *statistics = attend(
-        x, norm_weight, norm_bias, weight, None, bn_weight, bn_bias, batch_mean, batch_var, bn_eps,
+    x1, mean, rstd, *statistics = _statistics(x, norm_weight, norm_bias, weight, norm_eps)
+    y, *saved = attend(
+        x, norm_weight, norm_bias, weight, None, bn_weight, bn_bias, *statistics[2:], bn_eps,
         qk_dim, norm_eps, scale, relu, tf32_proj, tf32_attn, True, mean, rstd,
     )  # fmt: skip
-    P = weight.shape[1]
-    no_moments = batch_mean.new_zeros(P), batch_mean.new_zeros(P, P)
-    return y, x1, *statistics, *no_moments, batch_mean, batch_var
+    return y, x1, *saved, *statistics
 
 
 def shsa_train_backward(
