@@ -44,7 +44,8 @@ class Call {
     type = type_of(scalar_);
     if (!images.is_cuda()) return;
     guard_.emplace(images.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(images.get_device_index(), &stream));
+    const AOTITorchError status = aoti_torch_get_current_cuda_stream(images.get_device_index(), &stream);
+    STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, name, ": PyTorch gives no current stream");
   }
 
   // Kernels would read what lies elsewhere all the same.
