@@ -42,6 +42,8 @@ MOST_SHORT_CHANNELS = 128
 MOST_SHORT_WIDTH = 32
 PROJECTION_TOKENS = 64
 """Rows of a tile whose gradient goes through the projection."""
+MOST_WHOLE = 128
+"""Columns of the projection's gradient up to which a program keeps all."""
 PARTS = 64
 """Parts of the weight's gradient, at most."""
 
@@ -366,9 +368,10 @@ def _leave_staged(value, hats, dqkv, sums, rows, o, end, valid, ld, O, BATCH_NOR
 
 
 @triton.jit
-def _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid):
-    """Some columns of the gradient before batch normalisation, 0 where there is none."""
+def _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld):
+    """Some columns of the projection's gradient, before batch normalisation, 0 where there is none."""
     mask = both(valid, o, O)
+    offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
     gradient = tl.load(dqkv + offsets, mask, 0.0)
     if means is not None:
         hat = tl.load(hats + offsets, mask, 0.0).to(tl.float32)
@@ -395,8 +398,7 @@ def _weight_part(
     dweight = tl.zeros([BO, BP], tl.float32)
     for tile in range(part * steps, tl.minimum((part + 1) * steps, tiles)):
         first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
-        offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
-        d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+        d = _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld)
         z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
         z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
         dweight = dot(d.trans(), z.to(d.dtype), PROJ, dweight)
@@ -406,15 +408,16 @@ def _weight_part(
 
 @triton.jit
 def _dz(
-    dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO: tl.constexpr,
-    PROJ: tl.constexpr,
+    whole, dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld,
+    BO: tl.constexpr, PROJ: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels of the gradient of z, 0 outside."""
+    """A block of channels of the gradient of z, 0 outside; from all columns of the projection's, if they are given."""
     dz = tl.zeros([valid.shape[0], c.shape[0]], tl.float32)
     for start in range(0, O, BO):
         o = start + tl.arange(0, BO)
-        offsets = first * N * ld + ((image * N + n) * ld)[:, None] + o[None, :]
-        d = _projection_gradient(dqkv, hats, means, bn_weight, bn_var, bn_eps, offsets, o, O, valid)
+        d = whole
+        if whole is None:
+            d = _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld)
         w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
         dz = dot(d, w.to(d.dtype), PROJ, dz)
     return tl.where(both(valid, c, P), dz, 0.0)
@@ -424,9 +427,14 @@ def _dz(
 def _input_tile(
     tile, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, weight, tile_sums, dnorm_parts,
     B, C, P, N, O, ld, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr,
-    BP: tl.constexpr, BO: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, WHOLE: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
 ):  # fmt: skip
+    """``WHOLE``: BO columns are all of the projection."""
     first, image, n, valid = tile_tokens(tile, B, N, blocks, IMAGES, PITCH)
+    whole = None
+    if WHOLE:
+        o = tl.arange(0, BO)
+        whole = _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld)
     total = tl.zeros([IMAGES * PITCH], tl.float32)
     projected = tl.zeros([IMAGES * PITCH], tl.float32)
     if norm_weight is not None:
@@ -436,8 +444,8 @@ def _input_tile(
             for start in range(0, P, BP):
                 c = start + tl.arange(0, BP)
                 dz = _dz(
-                    dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO,
-                    PROJ,
+                    whole, dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld,
+                    BO, PROJ,
                 )  # fmt: skip
                 normal = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
                 total, projected = add_to_sums(dz, normal, norm_weight, total, projected, dnorm_parts, tile, c, P)
@@ -449,7 +457,8 @@ def _input_tile(
         for start in range(0, P, BP):
             c = start + tl.arange(0, BP)
             dz = _dz(
-                dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO, PROJ
+                whole, dqkv, hats, means, bn_weight, bn_var, bn_eps, weight, first, image, n, valid, c, P, N, O, ld, BO,
+                PROJ,
             )  # fmt: skip
             normal = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
             store_input_gradient(
@@ -462,7 +471,8 @@ def _through_projection(
     dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, norm_bias, weight, dweight_parts,
     tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, tiles, steps, weight_programs,
     X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BP: tl.constexpr,
-    BO: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr, PROJ: tl.constexpr,
+    BO: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_O: tl.constexpr, WEIGHT_P: tl.constexpr, STAGE: tl.constexpr,
+    PROJ: tl.constexpr,
 ):  # fmt: skip
     """A part of the weight's gradient, or dz of a tile and what follows from it."""
     program = tl.program_id(0)
@@ -474,8 +484,8 @@ def _through_projection(
     else:
         _input_tile(
             program - weight_programs, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight,
-            weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BO, STAGE,
-            PROJ,
+            weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BO, WHOLE,
+            STAGE, PROJ,
         )  # fmt: skip
 
 
@@ -630,7 +640,8 @@ def gradients(
             dweight_parts = None
             weight_programs = 0
             steps = triton.cdiv(tiles.count, PARTS)
-            rows, columns = (32 if x1.dtype == torch.float32 else 64), 32
+            rows, columns, inner = (32, 32, 16) if x1.dtype == torch.float32 else (64, 32, 64)
+            is_whole = x1.dtype != torch.float32 and O <= MOST_WHOLE
             if dweight is not None:
                 parts = triton.cdiv(tiles.count, steps)
                 dweight_parts = x1.new_empty(parts, O, P, dtype=torch.float32)
@@ -644,8 +655,8 @@ def gradients(
                     x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
-                    BP=32, BO=rows, WEIGHT_O=rows, WEIGHT_P=columns, STAGE=stage,
-                    PROJ=precision(settings.tf32_proj), num_stages=2,
+                    BP=32, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
+                    STAGE=stage, PROJ=precision(settings.tf32_proj), num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)
