@@ -569,7 +569,7 @@ def _attention_gradient(
     dout = x1.new_empty(B * N, dout_ld)
     delta = x1.new_empty(B, N, dtype=torch.float32)
     tiles = Tiles.of(B, N, _tile_tokens(x1))
-    columns = 32
+    columns = 16 if x1.dtype == torch.float32 else 32
     _stage[(tiles.count, triton.cdiv(O, columns) + 1)](
         dy, y, x1, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
         B, C, P, N, O, ld, dout_ld, tiles.blocks,
