@@ -133,7 +133,7 @@ struct Accumulate {
     Statistics image_statistics = {0.0f, 1.0f};
     if (p.norm_weight && whole) {
       const float image_mean = group_sum(group, sum, scratch) * scale;
-      __syncthreads();
+      __syncwarp();  // a group of one warp has met no barrier
       float squares = 0.0f;
       for_each_value<ChannelsLast>(group, s.P, tokens, [&](int channel, int token) {
         const float centred = z[tile.at(channel, column + token)] - image_mean;
@@ -221,7 +221,6 @@ struct Accumulate {
       weight[channel] = parameter<T>(p.norm_weight, channel, 1.0f);
       shift[channel] = shift_of<ChannelsLast, T>(p, channel);
     }
-    __syncthreads();
     float count = 0.0f;
     for (int64_t t = blockIdx.x; t < cut.tiles; t += cut.parts) {
       // Whole images, a group of warps each; behind the batch's end a stand-in meets the others at the
@@ -240,7 +239,6 @@ struct Accumulate {
       __syncthreads();
       add(part, count, tokens);
       count += static_cast<float>(tokens);
-      __syncthreads();
     }
     for (int channel = threadIdx.x; channel < s.P; channel += kThreads) part.mean[channel] = running[channel];
     if (threadIdx.x == 0) *part.count = count;

@@ -11,7 +11,6 @@ KNOWN_FAILURES = {
     "tests/test_cuda_forward.py::test_residual_layer[B1-P48+2000-D16-N50-float32-torch.float32": _ROUNDING,
     "tests/test_cuda_long.py::test_parity[B1-P7+37-D24-N257-float32-sliced-norm-no_bias]": _ROUNDING,
     "tests/test_cuda_long.py::test_all_logits_far_below_zero": _ROUNDING,
-    "tests/test_cuda_memory.py::test_each_barrier_is_missed": "two barriers of moments.cu are not shown to be needed",
     "tests/test_cuda_compiled.py::test_builds_without_spilling": _RESOURCES,
     "tests/test_cuda_compiled.py::test_what_is_launched_at_the_published_shapes_fits": _RESOURCES,
     "tests/test_triton_compiled.py::test_builds": _RESOURCES,
