@@ -338,8 +338,9 @@ def test_input_is_left_as_it_was():
 # Non-finite values
 
 
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no_relu"])
-@pytest.mark.parametrize("channel", [3, 30], ids=["in_attention", "beyond_attention"])
+@pytest.mark.parametrize(
+    "channel, relu", [(3, True), (3, False), (30, True)], ids=["in_attention", "without_relu", "beyond_attention"]
+)
 @pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_non_finite_input_stays_in_its_image(case, channel, relu, staged_early):
     turns = zip(
