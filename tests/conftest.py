@@ -93,7 +93,8 @@ def _resources(terminalreporter: pytest.TerminalReporter) -> list[str]:
         lines += triton_tier.lines(triton_builds)
     cuda_results = [_properties(terminalreporter, name) for name in (cuda_builds.BUILDS, cuda_builds.LAUNCHES)]
     if any(builds for *_, builds in cuda_results[0]):
-        lines.append("cuda-compiled: most registers of each kernel, occupancy of its launches at the published shapes")
+        launched = "and, launched at the published shapes, KiB of shared memory / occupancy"
+        lines.append(f"cuda-compiled: most registers of each kernel {launched}")
         lines += cuda_builds.lines(*cuda_results)
     return lines
 

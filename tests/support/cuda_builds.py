@@ -146,20 +146,22 @@ def built(source: Path, architecture: str) -> list[Build]:
 
 def lines(builds: list, launches: list) -> list[str]:
     """A line for each kernel, of all its instances, from the two properties of tests."""
-    instances, occupancies, of_kernel = defaultdict(list), defaultdict(list), {}
+    instances, started, of_kernel = defaultdict(list), defaultdict(list), {}
     for architecture, source, own in builds:
         for build in own:
             of_kernel[build["kernel"]] = name = f"{source}: {build['kernel'].partition('<')[0]}"
             instances[name, architecture].append(build)
     for architecture, own in launches:
-        for kernel, *_, occupancy in own:
-            occupancies[of_kernel.get(kernel), architecture].append(occupancy)
+        for kernel, _, shared, _, occupancy in own:
+            started[of_kernel.get(kernel), architecture].append((shared / 1024, occupancy))
     texts = defaultdict(dict)
     for (name, architecture), own in instances.items():
         text = f"sm_{architecture} {max(build['registers'] for build in own)}"
         spilled = max(build["spilled"] for build in own)
-        found = occupancies[name, architecture]
-        text += f" spills {spilled}" * (spilled > 0) + (f" {min(found):.0%} to {max(found):.0%}" if found else "")
+        text += f" / spills {spilled}" * (spilled > 0)
+        if started[name, architecture]:
+            shared, occupancy = zip(*started[name, architecture], strict=True)
+            text += f" / {max(shared):.0f} / {min(occupancy):.0%} to {max(occupancy):.0%}"
         texts[name][architecture] = text
     width = max(map(len, texts), default=0)
     return [f"{name:{width}} " + ", ".join(own[a] for a in DEVICES if a in own) for name, own in texts.items()]
