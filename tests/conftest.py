@@ -50,6 +50,9 @@ _TIERS = {
     "gpu": ("test_gpu.", *(("test_cuda_",) if cuda.ON_GPU else ()), *(() if triton.INTERPRETED else ("test_triton_",))),
 }
 
+_RAN = ("passed", "failed", "error", "xfailed", "xpassed")
+"""Outcomes of tests that ran."""
+
 
 def _tier_of(report: pytest.TestReport) -> str | None:
     file = Path(report.nodeid.partition("::")[0]).name
@@ -58,9 +61,9 @@ def _tier_of(report: pytest.TestReport) -> str | None:
 
 def _tier_lines(terminalreporter: pytest.TerminalReporter) -> list[str]:
     """Per tier what its tests came to, or why none ran."""
-    outcomes = {tier: {"passed": 0, "failed": 0, "error": 0, "skipped": 0} for tier in _TIERS}
+    outcomes = {tier: dict.fromkeys((*_RAN, "skipped"), 0) for tier in _TIERS}
     reasons: dict[str, str] = {}
-    for outcome in ("passed", "failed", "error", "skipped"):
+    for outcome in (*_RAN, "skipped"):
         for report in terminalreporter.getreports(outcome):
             tier = _tier_of(report)
             if tier is not None:
@@ -69,7 +72,7 @@ def _tier_lines(terminalreporter: pytest.TerminalReporter) -> list[str]:
                     reasons.setdefault(tier, report.longrepr[2].removeprefix("Skipped: "))
     lines = []
     for tier, counts in outcomes.items():
-        if counts["passed"] + counts["failed"] + counts["error"]:
+        if any(counts[outcome] for outcome in _RAN):
             lines.append(f"{tier}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n))
         else:
             why = reasons.get(tier) or ("its tests were not asked for" if _TIERS[tier] else "a GPU runs the kernels")
@@ -79,7 +82,7 @@ def _tier_lines(terminalreporter: pytest.TerminalReporter) -> list[str]:
 
 def _properties(terminalreporter: pytest.TerminalReporter, name: str) -> list:
     """What tests recorded under this name."""
-    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    reports = [report for outcome in _RAN for report in terminalreporter.getreports(outcome)]
     properties = [p for report in reports if report.when == "call" for p in report.user_properties]
     return [value for own, value in properties if own == name]
 
