@@ -3,6 +3,7 @@
 from .accelerate import accelerate
 from .backends import use_backend
 from .functional import partial_moments, shsa, shsa_mixer
+from .fuse import fuse
 from .models import SHViT, create_model, list_models, load_checkpoint, shvit_s1, shvit_s2, shvit_s3, shvit_s4
 from .modules import SHSA
 
@@ -13,6 +14,7 @@ __all__ = [
     "SHViT",
     "accelerate",
     "create_model",
+    "fuse",
     "list_models",
     "load_checkpoint",
     "partial_moments",

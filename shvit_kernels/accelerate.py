@@ -47,6 +47,11 @@ def _why_not(layer: nn.Module) -> str | None:
     return None
 
 
+def is_stock_shsa(layer: nn.Module) -> bool:
+    """Whether a layer is an SHSA, ours or another, that computes what the stock one does."""
+    return (isinstance(layer, SHSA) or _is_shsa(layer)) and _why_not(layer) is None
+
+
 def accelerate(model: nn.Module) -> nn.Module:
     """Make every SHSA layer of a model run as :class:`shvit_kernels.SHSA`, in place.
 

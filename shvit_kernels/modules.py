@@ -74,7 +74,7 @@ def _hooks_on_all_modules() -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether calling the module runs its ``forward`` and nothing else, on parameters that are just parameters."""
     return not (
         module._forward_hooks
@@ -93,7 +93,7 @@ def _is_group_norm1(module: nn.Module) -> bool:
         is_timm = cls.__name__ == "GroupNorm1" and cls.__module__.startswith("timm.layers")
         if not (isinstance(module, nn.GroupNorm) and (is_timm or cls.forward is nn.GroupNorm.forward)):
             return False
-    return module.num_groups == 1 and module.affine and _is_plain(module)
+    return module.num_groups == 1 and module.affine and is_plain(module)
 
 
 def _is_pointwise(module: nn.Module) -> bool:
@@ -103,17 +103,17 @@ def _is_pointwise(module: nn.Module) -> bool:
         and module.stride == (1, 1)
         and module.padding in ((0, 0), "valid", "same")
         and module.groups == 1
-        and _is_plain(module)
+        and is_plain(module)
     )
 
 
 def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | None:
     """A plain 1x1 convolution and its batch normalisation (None when fused), or None for anything else."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and _is_plain(module):
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and is_plain(module):
         if tuple(module._modules) != ("c", "bn"):
             return None
         conv, bn = module._modules.values()
-        plain_norm = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and _is_plain(bn)
+        plain_norm = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and is_plain(bn)
         return (conv, bn) if plain_norm and _is_pointwise(conv) else None
     return (module, None) if _is_pointwise(module) else None
 
@@ -217,9 +217,9 @@ class SHSA(nn.Module):
         if projection is None:
             return self.proj(self._composite(x))
         proj = self.proj
-        if type(proj) is nn.Sequential and _is_plain(proj):
+        if type(proj) is nn.Sequential and is_plain(proj):
             act, *rest = proj._modules.values()
-            if type(act) is nn.ReLU and _is_plain(act):
+            if type(act) is nn.ReLU and is_plain(act):
                 y = self._attend(x, *projection, relu=True)
                 for module in rest:
                     y = module(y)

@@ -9,6 +9,9 @@ X there are
     shsa_eval_X                                             fold of the running statistics (if any), attention
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
 
+and the operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
+fused_mixer, fused_pool. These take channels_last images and packed weights (``backends.fused``), in float32.
+
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
 keep that format; gradients that were not asked for come back with size [0].
@@ -44,6 +47,16 @@ _SCHEMAS = (
     f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
     f"shsa_mixer_X(Tensor x, {_NORM}, {_QKV}, Tensor proj_weight, Tensor? proj_bias, int qk_dim, float norm_eps, "
     "float scale, bool tf32_proj, bool tf32_attn) -> Tensor",
+)
+
+_FUSED_SCHEMAS = (
+    "fused_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "fused_depthwise(Tensor x, Tensor weight, Tensor bias, int stride, bool relu) -> Tensor",
+    "fused_pointwise(Tensor x, Tensor? scale, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "fused_ffn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
+    f"fused_mixer(Tensor x, {_NORM}, {_QKV}, Tensor weight, Tensor bias, int qk_dim, float norm_eps, float scale)"
+    " -> Tensor",
+    "fused_pool(Tensor x) -> Tensor",
 )
 
 _library = torch.library.Library("shvit_kernels", "DEF")
@@ -126,6 +139,21 @@ def _fake_image(x, *rest):
     return _empty_image(x, x.shape[1])
 
 
+def _empty_rows(like: Tensor, channels: int, stride: int = 1) -> Tensor:
+    """A channels_last image, its sides divided by ``stride``."""
+    B, _, H, W = like.shape
+    return like.new_empty(B, (H + stride - 1) // stride, (W + stride - 1) // stride, channels).permute(0, 3, 1, 2)
+
+
+_FUSED_FAKES = {
+    "fused_conv3x3": lambda x, weight, bias, relu: _empty_rows(x, bias.shape[0], 2),
+    "fused_depthwise": lambda x, weight, bias, stride, relu: _empty_rows(x, x.shape[1], stride),
+    "fused_pointwise": lambda x, scale, weight, bias, relu: _empty_rows(x, bias.shape[0]),
+    "fused_ffn": lambda x, *rest: _empty_rows(x, x.shape[1]),
+    "fused_mixer": lambda x, *rest: _empty_rows(x, x.shape[1]),
+    "fused_pool": lambda x: x.new_empty(x.shape[:2]),
+}
+
 _FAKES = {
     "shsa_forward": _fake_shsa,
     "shsa_backward": _fake_shsa_backward,
@@ -166,6 +194,11 @@ def define(family: str) -> None:
 
 for _family in ("native", "triton"):
     define(_family)
+
+for _schema in _FUSED_SCHEMAS:
+    _library.define(_schema)
+for _name, _fake in _FUSED_FAKES.items():
+    torch.library.register_fake(f"shvit_kernels::{_name}", _on_one_device(_fake), lib=_library)
 
 
 class _Once(torch.autograd.Function):

@@ -1,7 +1,8 @@
-// C = A B (+ bias or + C): the one matrix product of the CPU kernels.
+// C = A B: the one matrix product of the CPU kernels.
 //
-// B and C have contiguous rows, A has any strides; its elements are broadcast. A tile of MR rows by NV vectors
-// of C stays in registers while K runs. Operands are panels that fit in cache, so nothing is packed.
+// A has any strides; its elements are broadcast. A tile of MR rows by NV vectors of C stays in registers while
+// K runs, and goes through `finish` to where it belongs. B is a panel in cache with contiguous rows (`gemm`),
+// or packed weights, 16 columns side by side (`gemm_packed`).
 #pragma once
 
 #include "vec.h"
@@ -16,17 +17,23 @@ struct MatrixView {
   int64_t row_stride, col_stride;
 };
 
-template <class T, int VB, int MR, int NV>
-SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, Init init,
-                            const T* bias) {
+// Rows of vectors: from one row to the next, and from one vector to the next.
+template <class T>
+struct VectorsView {
+  const T* data;
+  int64_t row_stride, vector_stride;
+};
+
+// finish(row, vector, values) for each vector of the tile.
+template <class T, int VB, int MR, int NV, class Finish>
+SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
-  constexpr int W = kLanes<T, VB>;
   V acc[MR][NV] = {};
-  const T* ak = a.data;
-  for (int64_t k = 0; k < K; ++k, ak += a.col_stride, b += ldb) {
+  const T *ak = a.data, *bk = b.data;
+  for (int64_t k = 0; k < K; ++k, ak += a.col_stride, bk += b.row_stride) {
     V row[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = load<V>(b + j * W);
+    for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const T s = ak[i * a.row_stride];
@@ -37,11 +44,7 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, const T* b, int64_t ldb,
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      T* p = c + i * ldc + j * W;
-      const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
-      store(p, start + acc[i][j]);
-    }
+    for (int j = 0; j < NV; ++j) finish(i, j, acc[i][j]);
   }
 }
 
@@ -54,17 +57,29 @@ template <int VB>
 constexpr int kTileRows = VB == 64 ? 4 : 6;
 #endif
 
-// All rows of C in one column of tiles; the last tile has M % MR rows.
-template <class T, int VB, int NV, int MR = kTileRows<VB>>
-SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
-                              Init init, const T* bias) {
-  for (; M >= MR; M -= MR) {
-    gemm_tile<T, VB, MR, NV>(K, a, b, ldb, c, ldc, init, bias);
-    a.data += MR * a.row_stride;
-    c += MR * ldc;
-    if (init == Init::kBias) bias += MR;
+// A tile of `rows` rows, at most MR.
+template <class T, int VB, int NV, int MR, class Finish>
+SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+  if constexpr (MR > 1) {
+    if (rows < MR) {
+      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, finish);
+      return;
+    }
   }
-  if constexpr (MR > 1) gemm_column<T, VB, NV, MR - 1>(M, K, a, b, ldb, c, ldc, init, bias);
+  gemm_tile<T, VB, MR, NV>(K, a, b, finish);
+}
+
+// All rows of C in NV vectors of its columns, in tiles of nearly equal height: short tiles wait for their sums.
+template <class T, int VB, int NV, class Finish>
+SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+  constexpr int MR = kTileRows<VB>;
+  const int64_t tiles = (M + MR - 1) / MR;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = M * tile / tiles, rows = M * (tile + 1) / tiles - first;
+    gemm_tile_of<T, VB, NV, MR>(rows, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
+                                [&](int64_t i, int j, Vec<T, VB> acc)
+                                    SHVIT_INLINE_LAMBDA { finish(first + i, j, acc); });
+  }
 }
 
 // Columns are written in steps of this many lanes, so panels of several images keep that distance.
@@ -79,14 +94,24 @@ template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
                                           int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
+  const auto column = [&](auto vector, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    using V = decltype(vector);
+    constexpr int kWidth = sizeof(V) / sizeof(T);
+    gemm_column<T, sizeof(V), decltype(count)::value>(
+        M, K, a, {b + n, ldb, kWidth}, [&](int64_t i, int j, V acc) SHVIT_INLINE_LAMBDA {
+          T* p = c + i * ldc + n + j * kWidth;
+          const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
+          store(p, start + acc);
+        });
+  };
   int64_t n = 0;
-  for (; N - n > 2 * W - kStep; n += 2 * W) gemm_column<T, VB, 2>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
+  for (; N - n > 2 * W - kStep; n += 2 * W) column(Vec<T, VB>{}, Count<2>{}, n);
   if (N - n > W - kStep) {
-    gemm_column<T, VB, 1>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
+    column(Vec<T, VB>{}, Count<1>{}, n);
     n += W;
   }
   if constexpr (kStep < W) {
-    if (N > n) gemm_column<T, VB / 2, 1, kTileRows<VB>>(M, K, a, b + n, ldb, c + n, ldc, init, bias);
+    if (N > n) column(Vec<T, VB / 2>{}, Count<1>{}, n);
   }
 }
 
@@ -100,6 +125,26 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t 
     gemm_depth<T, VB>(M, N, depth, {a.data + k * a.col_stride, a.row_stride, a.col_stride}, b + k * ldb, ldb, c,
                       ldc, i == 0 ? init : Init::kAccumulate, bias);
   }
+}
+
+// Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
+constexpr int64_t kPanel = 16;
+
+// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N):
+// finish(row, column, values). Sums over K stay in one register.
+template <class T, int VB, class Finish>
+SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
+                              int64_t end, Finish finish) {
+  constexpr int W = kLanes<T, VB>;
+  const auto columns = [&](auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    const T* b = packed + n / kPanel * K * kPanel + n % kPanel;
+    gemm_column<T, VB, decltype(count)::value>(M, K, a, {b, kPanel, W < kPanel ? W : K * kPanel},
+                                               [&](int64_t i, int j, Vec<T, VB> acc)
+                                                   SHVIT_INLINE_LAMBDA { finish(i, n + j * W, acc); });
+  };
+  int64_t n = begin;
+  for (; n + W < end; n += 2 * W) columns(Count<2>{}, n);
+  if (n < end) columns(Count<1>{}, n);
 }
 
 }  // namespace

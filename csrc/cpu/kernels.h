@@ -82,6 +82,53 @@ struct FoldParams {
   void* workspace;
 };
 
+// The operators of fused models: float32, images whose channels stand side by side ([B, H, W, C]), packed
+// weights (gemm.h) and a bias for each output.
+struct Conv3x3Params {
+  int64_t images, channels, height, width, outputs;  // stride 2, padding 1
+  bool channels_last, relu;                          // of x; y always is
+  const float *x, *weight, *bias;                    // weight: [9 * channels, outputs], packed
+  float* y;
+  void* workspace;
+};
+
+struct DepthwiseParams {
+  int64_t images, channels, height, width, stride;  // stride 1 or 2, padding 1
+  bool relu;
+  const float *x, *weight, *bias;  // weight: [9, channels], plain
+  float* y;
+  void* workspace;
+};
+
+struct PointwiseParams {
+  int64_t images, tokens, inputs, outputs;
+  bool relu;
+  const float *x, *scale, *weight, *bias;  // scale: [images, inputs] or null
+  float* y;
+  void* workspace;
+};
+
+struct FfnParams {
+  int64_t rows, channels, hidden;
+  const float *x, *weight1, *bias1, *weight2, *bias2;
+  float* y;
+  void* workspace;
+};
+
+struct MixerParams {
+  ShsaForwardParams attention;  // channels_last, with ReLU; y and workspace are ours
+  const float *weight, *bias;   // the projection
+  float* y;
+  void* workspace;
+};
+
+struct PoolParams {
+  int64_t images, pixels, channels;
+  const float* x;
+  float* y;
+  void* workspace;
+};
+
 template <class Params>
 struct Kernel {
   Plan (*plan)(const Params&);
@@ -96,10 +143,20 @@ struct Kernels {
   Kernel<FoldParams> fold;
 };
 
-// The kernels compiled for one instruction set, for each storage type.
+struct FusedKernels {
+  Kernel<Conv3x3Params> conv3x3;
+  Kernel<DepthwiseParams> depthwise;
+  Kernel<PointwiseParams> pointwise;
+  Kernel<FfnParams> ffn;
+  Kernel<MixerParams> mixer;
+  Kernel<PoolParams> pool;
+};
+
+// The kernels compiled for one instruction set, for each storage type; those of fused models in float32.
 struct Variant {
   const char* name;
   Kernels float32, float64, bfloat16;
+  FusedKernels fused;
   double (*fma_flops)(int64_t repeats);  // runs fused multiply-adds in registers, returns how many operations
 };
 

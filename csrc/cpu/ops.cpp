@@ -1,44 +1,19 @@
 // The operators of shvit_kernels/ops.py for CPU tensors, and the facts about this library that Python asks for.
 
-#include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../tensors.h"
-#include "kernels.h"
+#include "run.h"
 
 namespace {
 
 using namespace shvit;
 
 // ---------------------------------------------------------------------------------------------------------------
-// Choice of the instruction set
-
-const std::vector<const Variant*>& supported_variants() {
-  static const std::vector<const Variant*> variants = [] {
-    std::vector<const Variant*> found = {&kBaselineWide, &kBaseline};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      found.insert(found.end(), {&kAvx2Wide, &kAvx2});
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-        found.push_back(&kAvx512);
-    }
-#endif
-    return found;
-  }();
-  return variants;
-}
-
-std::atomic<const Variant*>& current_variant() {
-  static std::atomic<const Variant*> variant = supported_variants().back();
-  return variant;
-}
+// Facts
 
 std::string instruction_sets() {
   std::string names;
@@ -68,77 +43,6 @@ std::string cuda_architectures() {
 }
 
 double fma_flops(int64_t repeats) { return current_variant().load()->fma_flops(repeats); }
-
-// ---------------------------------------------------------------------------------------------------------------
-// Running a kernel
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-Buffer allocate(int64_t bytes) {
-  constexpr int64_t kAlign = 64;
-  char* p = static_cast<char*>(std::aligned_alloc(kAlign, (bytes + kAlign) / kAlign * kAlign));
-  STD_TORCH_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
-  return Buffer(p);
-}
-
-// Memory of this thread, kept for the next call: fresh pages would cost as much as a small kernel.
-class Arena {
- public:
-  char* reserve(int64_t bytes) {
-    if (size_ < bytes) {
-      buffer_.reset();
-      size_ = 0;
-      buffer_ = allocate(bytes);
-      size_ = bytes;
-    }
-    return buffer_.get();
-  }
-
- private:
-  Buffer buffer_;
-  int64_t size_ = 0;
-};
-
-Arena& scratch_arena() {
-  thread_local Arena arena;
-  return arena;
-}
-
-Arena& workspace_arena() {
-  thread_local Arena arena;
-  return arena;
-}
-
-// Long images stage megabytes; that much is not kept.
-constexpr int64_t kKeptWorkspace = 4 << 20;
-
-// Below this many operations a second thread costs more than it brings.
-constexpr int64_t kFlopsPerThread = 500000;
-
-template <class Params>
-void run(const Kernel<Params>& kernel, Params& params) {
-  const Plan plan = kernel.plan(params);
-  Buffer large_workspace;
-  if (plan.workspace_bytes > kKeptWorkspace) {
-    large_workspace = allocate(plan.workspace_bytes);
-    params.workspace = large_workspace.get();
-  } else {
-    params.workspace = workspace_arena().reserve(plan.workspace_bytes);
-  }
-  for (int phase = 0; phase < plan.phases; ++phase) {
-    const int64_t tasks = plan.tasks[phase];
-    if (tasks == 0) continue;
-    const int64_t flops_per_task = plan.flops / tasks + 1;
-    const int64_t grain = 1 + (kFlopsPerThread - 1) / flops_per_task;
-    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      char* memory = scratch_arena().reserve(plan.scratch_bytes);
-      for (int64_t task = begin; task < end; ++task) kernel.run(params, phase, task, memory);
-    });
-  }
-}
 
 const Kernels& kernels_for(ScalarType dtype) {
   const Variant* variant = current_variant().load();

@@ -108,6 +108,44 @@ struct Relu {
   }
 };
 
+// A vector or a scalar, as the second argument is.
+template <class V, class T>
+SHVIT_INLINE V load_as(const T* p, V) {
+  return load<V>(p);
+}
+
+SHVIT_INLINE void fill(float* row, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i) row[i] = value;
+}
+
+// dst[i] = f(vector or scalar, i) for n contiguous values, in vectors; the last one takes in values before it
+// where there are enough, so f must not read dst.
+template <int VB, class F>
+SHVIT_INLINE void write_row(float* dst, int64_t n, F f) {
+  using V = Vec<float, VB>;
+  constexpr int W = kLanes<float, VB>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, f(V{}, i));
+  if (i == n) return;
+  if (n >= W) {
+    store(dst + n - W, f(V{}, n - W));
+  } else {
+    for (; i < n; ++i) dst[i] = f(0.0f, i);
+  }
+}
+
+template <int VB>
+SHVIT_INLINE void copy_row(const float* src, float* dst, int64_t n) {
+  write_row<VB>(dst, n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA { return load_as(src + i, lane); });
+}
+
+template <int VB>
+SHVIT_INLINE void multiply_row(const float* a, const float* b, float* dst, int64_t n) {
+  write_row<VB>(dst, n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
+    return load_as(a + i, lane) * load_as(b + i, lane);
+  });
+}
+
 // panel[p][t] of n tokens; the columns up to the next kColumnStep are zero.
 template <int VB, class S, class T>
 SHVIT_INLINE void load_panel(ImageView<const S> x, int64_t P, int64_t n, T* panel, int64_t ld) {
@@ -175,11 +213,6 @@ SHVIT_INLINE double sum_row(int64_t n, F f) {
   double total = horizontal_sum<T, VB>(sum);
   for (; t < n; ++t) total += f(T(0), t);
   return total;
-}
-
-template <class V, class T>
-SHVIT_INLINE V load_as(const T* p, V) {
-  return load<V>(p);
 }
 
 // Group normalisation of an image, or what is known of it from some of its tokens.

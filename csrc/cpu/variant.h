@@ -3,7 +3,9 @@
 // linkage.
 #pragma once
 
+#include "convolution.h"
 #include "fold.h"
+#include "mixer.h"
 #include "moments.h"
 #include "shsa_backward.h"
 #include "shsa_forward.h"
@@ -19,6 +21,12 @@ template <class S, int VB>
 constexpr shvit::Kernels kernels() {
   return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
           kernel<MomentsBackward<S, VB>>(), kernel<Fold<S, VB>>()};
+}
+
+template <int VB>
+constexpr shvit::FusedKernels fused_kernels() {
+  return {kernel<Conv3x3<VB>>(), kernel<Depthwise<VB>>(), kernel<Pointwise<VB>>(),
+          kernel<Ffn<VB>>(),     kernel<Mixer<VB>>(),     kernel<Pool<VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.
@@ -40,7 +48,9 @@ double fma_flops(int64_t repeats) {
 
 template <int VB>
 constexpr shvit::Variant variant(const char* name) {
-  return {name, kernels<float, VB>(), kernels<double, VB>(), kernels<BFloat16, VB>(), &fma_flops<VB>};
+  return {
+      name,          kernels<float, VB>(), kernels<double, VB>(), kernels<BFloat16, VB>(), fused_kernels<VB>(),
+      &fma_flops<VB>};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #define SHVIT_INLINE inline __attribute__((always_inline))
+#define SHVIT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -18,6 +19,12 @@ struct VecOf {
 };
 template <class T, int VB>
 using Vec = typename VecOf<T, VB>::type;
+
+// A number as an argument of a template lambda.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
 
 template <class T, int VB>
 constexpr int kLanes = VB / static_cast<int>(sizeof(T));
@@ -42,6 +49,22 @@ SHVIT_INLINE V load(const T* p) {
 template <class V, class T>
 SHVIT_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros.
+template <int VB>
+SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
+  float lanes[kLanes<float, VB>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load<Vec<float, VB>>(lanes);
+}
+template <int VB>
+SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
+  float lanes[kLanes<float, VB>];
+  store(lanes, v);
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) store(p + i, load<Vec<float, 16>>(lanes + i));
+  for (; i < n; ++i) p[i] = lanes[i];
 }
 
 // Scalars between storage and compute type; bfloat16 rounds to nearest even and keeps NaN.

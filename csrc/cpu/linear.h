@@ -1,0 +1,148 @@
+// Linear layers on rows of tokens, with packed weights: y = x W + b, alone or two with ReLU between them
+// (design section 2, FFN of a block). float32.
+#pragma once
+
+#include "panel.h"
+
+namespace {
+
+// Where a product goes: y[row][column] = acc + bias (+ residual), then ReLU. Rows of y and of the residual are
+// `ld` values apart and `columns` long.
+template <int VB>
+struct LinearFinish {
+  const float *bias, *residual;
+  float* y;
+  int64_t columns, ld;
+  bool relu;
+
+  SHVIT_INLINE void operator()(int64_t row, int64_t column, Vec<float, VB> acc) const {
+    using V = Vec<float, VB>;
+    const int64_t at = row * ld + column, valid = columns - column;
+    const bool whole = valid >= kLanes<float, VB>;
+    V v = acc + (whole ? load<V>(bias + column) : load_some<VB>(bias + column, valid));
+    if (residual) v += whole ? load<V>(residual + at) : load_some<VB>(residual + at, valid);
+    if (relu) v = max0(v);
+    if (whole) {
+      store(y + at, v);
+    } else {
+      store_some<VB>(y + at, v, valid);
+    }
+  }
+};
+
+// The rows of a product, cut so that what a block of rows touches stays in the second-level cache. Few rows are
+// one block, whose columns are cut instead.
+struct LinearTasks {
+  static constexpr int64_t kFewRows = 64, kMostRows = 128, kCacheFloats = 128 << 10, kColumns = 4 * kPanel;
+  Parts rows, columns;
+
+  // `row_floats`: what a row touches.
+  LinearTasks(int64_t M, int64_t N, int64_t row_floats) : rows{M, 1}, columns{N, 1} {
+    if (M <= kFewRows) {
+      columns.parts = ceil_div(N, kColumns);
+    } else {
+      const int64_t most = max64(24, min64(kMostRows, kCacheFloats / row_floats));
+      rows.parts = round_up(ceil_div(M, most), 4);  // even for several threads
+    }
+  }
+  bool few() const { return rows.parts == 1; }
+  int64_t most_rows() const { return ceil_div(rows.n, rows.parts); }
+  int64_t count() const { return rows.n == 0 ? 0 : rows.parts * columns.parts; }
+  int64_t first_row(int64_t task) const { return rows.begin(task / columns.parts); }
+  int64_t rows_of(int64_t task) const { return rows.end(task / columns.parts) - first_row(task); }
+  int64_t first_column(int64_t task) const { return few() ? task * kColumns : 0; }
+  int64_t end_column(int64_t task) const { return few() ? min64(columns.n, (task + 1) * kColumns) : columns.n; }
+};
+
+// Rows of a product by packed weights, for a range of columns.
+template <int VB>
+__attribute__((noinline)) void linear_rows(int64_t M, int64_t K, MatrixView<float> x, const float* weight,
+                                           int64_t begin, int64_t end, LinearFinish<VB> finish) {
+  gemm_packed<float, VB>(M, K, x, weight, begin, end, finish);
+}
+
+// y = relu?(scale * x W + b); the scale is per image and input channel.
+template <int VB>
+struct Pointwise {
+  using Params = shvit::PointwiseParams;
+
+  static LinearTasks tasks(const Params& a) {
+    return {a.images * a.tokens, a.outputs, 2 * a.inputs + a.outputs};
+  }
+  static int64_t scratch_floats(const Params& a) { return a.scale ? tasks(a).most_rows() * a.inputs : 0; }
+
+  static Plan plan(const Params& a) {
+    Plan plan;
+    plan.phases = 1;
+    plan.tasks[0] = tasks(a).count();
+    plan.flops = 2 * a.images * a.tokens * a.inputs * a.outputs;
+    Bump bump(nullptr);
+    bump.take<float>(scratch_floats(a));
+    plan.scratch_bytes = bump.used();
+    return plan;
+  }
+
+  static void run(const Params& a, int, int64_t task, char* memory) {
+    const LinearTasks all = tasks(a);
+    const int64_t first = all.first_row(task), rows = all.rows_of(task), K = a.inputs;
+    const float* x = a.x + first * K;
+    if (a.scale) {
+      float* scaled = Bump(memory).take<float>(scratch_floats(a));
+      for (int64_t row = 0; row < rows; ++row)
+        multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scaled + row * K, K);
+      x = scaled;
+    }
+    linear_rows<VB>(rows, K, {x, K, 1}, a.weight, all.first_column(task), all.end_column(task),
+                    {a.bias, nullptr, a.y + first * a.outputs, a.outputs, a.outputs, a.relu});
+  }
+};
+
+// y = x + W2 relu(W1 x + b1) + b2. A block of rows keeps its hidden values in scratch; few rows share them.
+template <int VB>
+struct Ffn {
+  using Params = shvit::FfnParams;
+
+  static int64_t hidden_ld(const Params& a) {
+    const int64_t ld = round_up(a.hidden, kPanel);
+    return ld % 256 ? ld : ld + kPanel;  // rows a power of two apart would share cache sets
+  }
+  static LinearTasks first(const Params& a) { return {a.rows, a.hidden, a.channels + hidden_ld(a)}; }
+  static LinearTasks second(const Params& a) { return {a.rows, a.channels, a.channels + hidden_ld(a)}; }
+  static int64_t hidden_floats(const Params& a) { return first(a).most_rows() * hidden_ld(a); }
+
+  static Plan plan(const Params& a) {
+    Plan plan;
+    const bool few = first(a).few();
+    plan.phases = few ? 2 : 1;
+    plan.tasks[0] = first(a).count();
+    plan.tasks[1] = second(a).count();
+    plan.flops = (few ? 2 : 4) * a.rows * a.channels * a.hidden;  // of a phase
+    Bump bump(nullptr);
+    bump.take<float>(hidden_floats(a));
+    (few ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const bool few = first(a).few();
+    float* hidden = Bump(few ? a.workspace : memory).take<float>(hidden_floats(a));
+    if (phase == 0) expand(a, task, hidden);
+    if (phase == 1 || !few) contract(a, task, hidden);
+  }
+
+  static void expand(const Params& a, int64_t task, float* hidden) {
+    const LinearTasks all = first(a);
+    linear_rows<VB>(all.rows_of(task), a.channels, {a.x + all.first_row(task) * a.channels, a.channels, 1},
+                    a.weight1, all.first_column(task), all.end_column(task),
+                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
+  }
+
+  static void contract(const Params& a, int64_t task, const float* hidden) {
+    const LinearTasks all = second(a);
+    const int64_t at = all.first_row(task) * a.channels;
+    linear_rows<VB>(all.rows_of(task), a.hidden, {hidden, hidden_ld(a), 1}, a.weight2, all.first_column(task),
+                    all.end_column(task), {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+  }
+};
+
+}  // namespace

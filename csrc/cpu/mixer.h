@@ -1,0 +1,88 @@
+// The residual attention layer for inference: y = x + W relu(shsa(x)) + b, on rows of tokens, with a packed
+// projection (design section 2, shsa_mixer). float32.
+#pragma once
+
+#include "linear.h"
+#include "shsa_forward.h"
+
+namespace {
+
+template <int VB>
+struct Mixer {
+  using Params = shvit::MixerParams;
+  using Attention = ShsaForward<float, VB>;
+
+  // Short images, many of them: a group stays in cache from its attention to the residual. Otherwise the
+  // attention of all images is staged, and the projection cut as a linear layer is.
+  static bool is_staged(const Params& a) {
+    const Sizes& s = a.attention.sizes;
+    return !Attention::is_short(s) || Attention::units(s) < 4;
+  }
+  static LinearTasks projection(const Params& a) {
+    const Sizes& s = a.attention.sizes;
+    return {s.B * s.N, s.C, 3 * s.C};
+  }
+
+  // A group of short images as a batch of its own.
+  static shvit::ShsaForwardParams attention_of(const Params& a, int64_t group, float* y) {
+    const Groups<float, VB> groups(a.attention.sizes);
+    shvit::ShsaForwardParams one = a.attention;
+    const Sizes& s = a.attention.sizes;
+    one.sizes.B = groups.size(group, s.B);
+    one.x = static_cast<const float*>(one.x) + groups.begin(group) * s.C * s.N;
+    one.y = y;
+    return one;
+  }
+  static int64_t group_rows(const Sizes& s) { return Groups<float, VB>(s).images * s.N; }
+
+  static Plan plan(const Params& a) {
+    const Sizes& s = a.attention.sizes;
+    Plan plan = Attention::plan(a.attention);
+    Bump scratch(nullptr), workspace(nullptr);
+    scratch.take<char>(plan.scratch_bytes);
+    plan.flops += 2 * s.B * s.N * s.C * s.C;
+    if (is_staged(a)) {
+      workspace.take<char>(plan.workspace_bytes);
+      workspace.take<float>(s.B * s.N * s.C);
+      plan.tasks[plan.phases++] = projection(a).count();
+    } else {
+      scratch.take<float>(group_rows(s) * s.C);
+    }
+    plan.scratch_bytes = scratch.used();
+    plan.workspace_bytes = workspace.used();
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const Sizes& s = a.attention.sizes;
+    const Plan attention = Attention::plan(a.attention);
+    const auto project = [&](int64_t first, int64_t rows, const float* attended, int64_t begin, int64_t end) {
+      const int64_t at = first * s.C;
+      linear_rows<VB>(rows, s.C, {attended, s.C, 1}, a.weight, begin, end,
+                      {a.bias, static_cast<const float*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
+    };
+    if (!is_staged(a)) {
+      Bump bump(memory);
+      char* inner = bump.take<char>(attention.scratch_bytes);
+      float* attended = bump.take<float>(group_rows(s) * s.C);
+      const auto group = attention_of(a, task, attended);
+      Attention::run(group, phase, 0, inner);
+      project(Groups<float, VB>(s).begin(task) * s.N, group.sizes.B * s.N, attended, 0, s.C);
+      return;
+    }
+    Bump bump(a.workspace);
+    shvit::ShsaForwardParams all = a.attention;
+    all.workspace = bump.take<char>(attention.workspace_bytes);
+    all.y = bump.take<float>(s.B * s.N * s.C);
+    if (phase < attention.phases) {
+      Attention::run(all, phase, task, memory);
+      return;
+    }
+    const LinearTasks tasks = projection(a);
+    const int64_t first = tasks.first_row(task);
+    project(first, tasks.rows_of(task), static_cast<const float*>(all.y) + first * s.C,
+            tasks.first_column(task), tasks.end_column(task));
+  }
+};
+
+}  // namespace

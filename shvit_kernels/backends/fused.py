@@ -1,0 +1,118 @@
+"""The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 on the CPU.
+
+Weights are packed: ``[ceil(outputs / 16), inputs, 16]``, the same on every instruction set and in every state dict.
+Images are ``[B, C, H, W]``, channels_last inside a model.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from . import choose, cpu, eager
+
+PANEL = 16
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs, 16]``, zeros for the outputs that are missing."""
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, outputs: int) -> Tensor:
+    """The ``[outputs, inputs]`` that :func:`pack` was given."""
+    return packed.transpose(1, 2).flatten(0, 1)[:outputs]
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """3x3 convolution with stride 2 and padding 1; inputs of ``weight`` are ordered kernel row, column, channel."""
+    outputs = bias.shape[0]
+    kernel = unpack(weight, outputs).view(outputs, 3, 3, -1).permute(0, 3, 1, 2)
+    y = F.conv2d(x, kernel, bias, stride=2, padding=1)
+    return F.relu(y) if relu else y
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu: bool) -> Tensor:
+    """3x3 convolution of each channel alone, padding 1; ``weight`` is ``[9, C]``, not packed."""
+    channels = x.shape[1]
+    y = F.conv2d(x, weight.t().reshape(channels, 1, 3, 3), bias, stride=stride, padding=1, groups=channels)
+    return F.relu(y) if relu else y
+
+
+def pointwise(x: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    """1x1 convolution of ``x`` times ``scale`` ``[B, C]``."""
+    if scale is not None:
+        x = x * scale[:, :, None, None]
+    y = F.conv2d(x, unpack(weight, bias.shape[0])[:, :, None, None], bias)
+    return F.relu(y) if relu else y
+
+
+def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """``x + W2 relu(W1 x + b1) + b2`` per token."""
+    return x + pointwise(pointwise(x, None, weight1, bias1, True), None, weight2, bias2, False)
+
+
+def mixer(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    qk_dim: int,
+    norm_eps: float,
+    scale: float,
+) -> Tensor:
+    """``shsa_mixer`` with a packed projection."""
+    attention = (norm_weight, norm_bias, qkv_weight, qkv_bias)
+    return eager.shsa_mixer(x, *attention, unpack(weight, bias.shape[0]), bias, qk_dim, norm_eps, scale, False, False)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Means over the pixels, ``[B, C]``."""
+    return x.mean((2, 3))
+
+
+class Operators(NamedTuple):
+    """What a fused model is made of."""
+
+    conv3x3: Callable[..., Tensor]
+    depthwise: Callable[..., Tensor]
+    pointwise: Callable[..., Tensor]
+    ffn: Callable[..., Tensor]
+    mixer: Callable[..., Tensor]
+    pool: Callable[..., Tensor]
+
+
+SPECIFICATION = Operators(conv3x3, depthwise, pointwise, ffn, mixer, pool)
+
+
+def _on_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(x: Tensor, *rest) -> Tensor:
+        return operator(x.contiguous(memory_format=torch.channels_last), *rest)
+
+    return call
+
+
+def _conv3x3(x: Tensor, *rest) -> Tensor:
+    # The first convolution of a stem reads images as they come.
+    return torch.ops.shvit_kernels.fused_conv3x3.default(ops.readable(x), *rest)
+
+
+NATIVE = Operators(
+    _conv3x3,
+    *(_on_rows(getattr(torch.ops.shvit_kernels, f"fused_{name}").default) for name in Operators._fields[1:]),
+)
+
+
+def operators(x: Tensor) -> Operators:
+    """The operators for ``x``: those in C++ where they run and no gradient is asked for."""
+    if x.dtype == torch.float32 and choose(x, None) is cpu and not (torch.is_grad_enabled() and x.requires_grad):
+        return NATIVE
+    return SPECIFICATION

@@ -1,0 +1,351 @@
+"""Whole models for inference: every block of SHViT as a few fused operators."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .accelerate import is_stock_shsa
+from .backends import eager, fused
+from .modules import is_plain
+
+
+class _Inference(nn.Module):
+    """A module that cannot be trained."""
+
+    def train(self, mode: bool = True) -> "_Inference":
+        if mode:
+            raise RuntimeError("a fused model is for inference alone: train the model that it was made of, and fuse it")
+        return super().train(False)
+
+
+class _FusedLayer(_Inference):
+    """Part of a fused model: its weights are parameters that ask for no gradient."""
+
+    def __init__(self, **weights: Tensor):
+        super().__init__()
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+        self.eval()
+
+
+class FusedConv3x3(_FusedLayer):
+    """3x3 convolution with stride 2, batch normalisation and ReLU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
+        super().__init__(weight=fused.pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).conv3x3(x, self.weight, self.bias, self.relu)
+
+
+class FusedDepthwise(_FusedLayer):
+    """Depthwise 3x3 convolution with batch normalisation and the residual around it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__(weight=_taps(weight), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).depthwise(x, self.weight, self.bias, 1, False)
+
+
+class FusedFFN(_FusedLayer):
+    """``x + pw2(relu(pw1(x)))`` with batch normalisation."""
+
+    def __init__(self, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor):
+        super().__init__(weight1=_packed(weight1), bias1=bias1, weight2=_packed(weight2), bias2=bias2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).ffn(x, self.weight1, self.bias1, self.weight2, self.bias2)
+
+
+class FusedMixer(_FusedLayer):
+    """``x + SHSA(x)`` with batch normalisation."""
+
+    def __init__(self, layer: nn.Module, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]):
+        norm = layer.pre_norm
+        super().__init__(
+            norm_weight=norm.weight.clone(),
+            norm_bias=norm.bias.clone(),
+            qkv_weight=qkv[0].flatten(1),
+            qkv_bias=qkv[1],
+            weight=_packed(proj[0]),
+            bias=proj[1],
+        )
+        self.norm_eps, self.qk_dim, self.scale = norm.eps, layer.qk_dim, layer.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).mixer(
+            x,
+            self.norm_weight,
+            self.norm_bias,
+            self.qkv_weight,
+            self.qkv_bias,
+            self.weight,
+            self.bias,
+            self.qk_dim,
+            self.norm_eps,
+            self.scale,
+        )
+
+
+class FusedPatchMerging(_FusedLayer):
+    """Patch merging with squeeze-and-excitation, whose gate scales the input of the last convolution."""
+
+    def __init__(
+        self,
+        conv1: tuple[Tensor, Tensor],
+        conv2: tuple[Tensor, Tensor],
+        fc1: tuple[Tensor, Tensor],
+        fc2: tuple[Tensor, Tensor],
+        conv3: tuple[Tensor, Tensor],
+    ):
+        weights = {"conv2_weight": _taps(conv2[0]), "conv2_bias": conv2[1]}
+        for name, (weight, bias) in {"conv1": conv1, "fc1": fc1, "fc2": fc2, "conv3": conv3}.items():
+            weights |= {f"{name}_weight": _packed(weight), f"{name}_bias": bias}
+        super().__init__(**weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = fused.operators(x)
+        x = f.pointwise(x, None, self.conv1_weight, self.conv1_bias, True)
+        x = f.depthwise(x, self.conv2_weight, self.conv2_bias, 2, True)
+        gate = f.pointwise(f.pool(x)[:, :, None, None], None, self.fc1_weight, self.fc1_bias, True)
+        gate = f.pointwise(gate, None, self.fc2_weight, self.fc2_bias, False).sigmoid()
+        return f.pointwise(x, gate.flatten(1), self.conv3_weight, self.conv3_bias, False)
+
+
+class FusedLinear(_FusedLayer):
+    """A linear layer with batch normalisation before it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__(weight=fused.pack(weight), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).pointwise(x[:, :, None, None], None, self.weight, self.bias, False).flatten(1)
+
+
+class FusedModel(_Inference):
+    """What :func:`fuse` returns: called as the model that it was made of, ``model``, and with its attributes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if model is None:
+                raise
+            return getattr(model, name)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """A depthwise kernel ``[C, 1, 3, 3]`` as ``[9, C]``."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A 1x1 kernel ``[outputs, inputs, 1, 1]``, packed."""
+    return fused.pack(weight.flatten(1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recognition: by class name and children, so that no other library is imported. Each function returns the layer that
+# replaces a module, or None.
+
+
+def _is(module: nn.Module | None, name: str, *children: str) -> bool:
+    """Whether a module is of this class, with at least these children, and runs nothing but its forward."""
+    return type(module).__name__ == name and is_plain(module) and all(child in module._modules for child in children)
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    return type(module) is nn.ReLU and is_plain(module)
+
+
+def _conv(module: nn.Module | None, kernel: int, stride: int = 1, depthwise: bool = False):
+    """Kernel and bias of a square convolution, with the batch normalisation behind it folded in."""
+    bn = None
+    conv = module
+    if isinstance(module, nn.Sequential):
+        if tuple(module._modules) != ("c", "bn") or not is_plain(module):
+            return None
+        conv, bn = module._modules.values()
+        if not (isinstance(bn, _BatchNorm) and is_plain(bn) and bn.running_mean is not None):
+            return None
+    if not (type(conv) is nn.Conv2d and is_plain(conv)):
+        return None
+    groups = conv.in_channels if depthwise else 1
+    found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    padding = kernel // 2
+    wanted = (kernel, kernel), (stride, stride), (padding, padding), (1, 1), groups, "zeros"
+    if found != wanted or (depthwise and conv.out_channels != conv.in_channels):
+        return None
+    weight, bias = conv.weight.double(), conv.bias
+    if bn is not None:
+        flat, bias = eager.fold(
+            weight.flatten(1),
+            bias,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            bn.eps,
+        )
+        weight = flat.view(weight.shape)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _depthwise(module: nn.Module) -> nn.Module | None:
+    conv = _conv(module, 3, depthwise=True)
+    return conv and FusedDepthwise(*conv)
+
+
+def _residual(module: nn.Module) -> nn.Module | None:
+    if not _is(module, "Residual", "m"):
+        return None
+    inner = module.m
+    if is_stock_shsa(inner) and all(map(is_plain, inner.modules())):
+        qkv, proj = _conv(inner.qkv, 1), _conv(inner.proj[1], 1)
+        return FusedMixer(inner, qkv, proj) if qkv and proj else None
+    if _is(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
+        convs = _conv(inner.pw1, 1), _conv(inner.pw2, 1)
+        return FusedFFN(*convs[0], *convs[1]) if all(convs) else None
+    conv = _conv(inner, 3, depthwise=True)
+    if conv is None:
+        return None
+    weight, bias = conv
+    weight[:, :, 1, 1] += 1
+    return FusedDepthwise(weight, bias)
+
+
+def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """Both linear layers of a stock squeeze-and-excitation."""
+    if not (_is(module, "SqueezeExcite", "fc1", "fc2") or _is(module, "SEModule", "fc1", "fc2")):
+        return None
+    stock = {"fc1": "Conv2d", "bn": "Identity", "act": "ReLU", "fc2": "Conv2d", "gate": "Sigmoid"}
+    children = module._modules.items()
+    if any(stock.get(name) != type(child).__name__ or not is_plain(child) for name, child in children):
+        return None
+    return None if getattr(module, "add_maxpool", False) else [_conv(module.fc1, 1), _conv(module.fc2, 1)]
+
+
+def _patch_merging(module: nn.Module) -> nn.Module | None:
+    if not _is(module, "PatchMerging", "conv1", "conv2", "se", "conv3"):
+        return None
+    if not all(_is_relu(child) for name, child in module._modules.items() if name.startswith("act")):
+        return None
+    gate = _squeeze_excite(module.se)
+    conv2 = _conv(module.conv2, 3, 2, depthwise=True)
+    convs = [_conv(module.conv1, 1), conv2, *(gate or [None]), _conv(module.conv3, 1)]
+    return FusedPatchMerging(*convs) if all(convs) else None
+
+
+def _stem(module: nn.Module) -> nn.Module | None:
+    """3x3 convolutions of stride 2 in a row, each with ReLU behind it or not."""
+    if not (type(module) is nn.Sequential and is_plain(module)):
+        return None
+    layers, rest = [], list(module)
+    while rest:
+        conv = _conv(rest.pop(0), 3, 2)
+        if conv is None:
+            return None
+        relu = bool(rest) and _is_relu(rest[0])
+        rest = rest[relu:]
+        layers.append(FusedConv3x3(*conv, relu))
+    return nn.Sequential(*layers) if layers else None
+
+
+def _norm_linear(module: nn.Module) -> nn.Module | None:
+    if not (isinstance(module, nn.Sequential) and tuple(module._modules) == ("bn", "l") and is_plain(module)):
+        return None
+    bn, linear = module._modules.values()
+    stock = type(bn) is nn.BatchNorm1d and type(linear) is nn.Linear and is_plain(bn) and is_plain(linear)
+    if not stock or bn.running_mean is None:
+        return None
+    factor = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        factor = factor * bn.weight
+    offset = -bn.running_mean * factor if bn.bias is None else bn.bias - bn.running_mean * factor
+    bias = linear.weight.double() @ offset
+    if linear.bias is not None:
+        bias = bias + linear.bias
+    dtype = linear.weight.dtype
+    return FusedLinear((linear.weight * factor).to(dtype), bias.to(dtype))
+
+
+_RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
+    _residual,
+    _patch_merging,
+    _stem,
+    _norm_linear,
+    _depthwise,
+)
+
+
+def _replace(module: nn.Module, done: dict[int, nn.Module | None]) -> nn.Module | None:
+    """What replaces a module, or None where its own forward stays; its children are then replaced in place."""
+    if id(module) in done:
+        return done[id(module)]
+    replacement = next(filter(None, (recognise(module) for recognise in _RECOGNISED)), None)
+    done[id(module)] = replacement
+    if replacement is None:
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                fused_child = _replace(child, done)
+                if fused_child is not None:
+                    module._modules[name] = fused_child
+    return replacement
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> FusedModel:
+    """A copy of a model for inference, in which every block of SHViT is a few fused operators (design section 2).
+
+    Takes models of timm, of the official repository and of this library, accelerated or not, batch normalisation
+    fused (``model.fuse()``) or not, or any module that contains their blocks. Batch normalisation is folded into the
+    convolutions and linear layers, and the identity of depthwise residuals into their kernel. What is not recognised
+    (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is.
+
+    On the CPU in float32 the operators are compiled kernels. On other devices and dtypes, under ``torch.jit.trace`` and
+    ``torch.onnx.export``, and where a gradient of the input is asked for, they are PyTorch operators with the same
+    result. Images between the blocks are channels_last.
+
+    Args:
+        model: in evaluation mode; it is not changed.
+
+    Returns:
+        A module with the call signature and the attributes of ``model``, which can be moved, copied, pickled, compiled
+        and exported. Its weights are packed: its state dict fits other fused models alone.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: if it is in training mode, or has no block of SHViT.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(
+            f"model must be in evaluation mode, call model.eval() first: {len(training)} modules are in training mode, "
+            f"the first is {training[0]}"
+        )
+    if isinstance(model, FusedModel):
+        return copy.deepcopy(model)
+    model = copy.deepcopy(model)
+    done: dict[int, nn.Module | None] = {}
+    model = _replace(model, done) or model
+    if not any(done.values()):
+        raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
+    return FusedModel(model)
