@@ -13,5 +13,4 @@ KNOWN_FAILURES = {
     "tests/test_cuda_long.py::test_all_logits_far_below_zero": _ROUNDING,
     "tests/test_cuda_compiled.py::test_builds_without_spilling": _RESOURCES,
     "tests/test_cuda_compiled.py::test_what_is_launched_at_the_published_shapes_fits": _RESOURCES,
-    "tests/test_triton_compiled.py::test_builds": _RESOURCES,
 }

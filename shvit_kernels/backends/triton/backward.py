@@ -569,18 +569,18 @@ def _attention_gradient(
     dout = x1.new_empty(B * N, dout_ld)
     delta = x1.new_empty(B, N, dtype=torch.float32)
     tiles = Tiles.of(B, N, _tile_tokens(x1))
-    columns = 16 if x1.dtype == torch.float32 else 32
+    columns = 16 if x1.dtype == torch.float32 and not settings.tf32_attn else 32  # exact products hold their operands
     _stage[(tiles.count, triton.cdiv(O, columns) + 1)](
         dy, y, x1, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
         B, C, P, N, O, ld, dout_ld, tiles.blocks,
-        IMAGES=tiles.images, PITCH=tiles.pitch, BO=columns, BK=32, PROJ=proj, **layout,
+        IMAGES=tiles.images, PITCH=tiles.pitch, BO=columns, BK=32, PROJ=proj, num_stages=1, **layout,
     )  # fmt: skip
     sums = x1.new_empty(B * tiles.blocks, kinds, O, dtype=torch.float32)
     _attend_long[(B * tiles.blocks, 2 + triton.cdiv(P, columns))](
         hats, dout, delta, row_max, row_sum, bn.weight, bn.bias, dqkv, sums, settings.scale, P, D, N, ld, dout_ld,
         tiles.blocks, TOKENS=tiles.pitch, DP=padded(D), BP=columns, ONE_BLOCK=tiles.blocks == 1,
         BATCH_NORM=batch_norm is not None, ATTN=attn,
-        num_warps=8 if x1.dtype == torch.float32 else 4, num_stages=1,
+        num_warps=8 if x1.dtype == torch.float32 or D > 32 else 4, num_stages=1,
     )  # fmt: skip
     return AttentionGradient(dqkv, hats, sums)
 
@@ -642,6 +642,7 @@ def gradients(
             steps = triton.cdiv(tiles.count, PARTS)
             rows, columns, inner = (32, 32, 16) if x1.dtype == torch.float32 else (64, 32, 64)
             is_whole = x1.dtype != torch.float32 and O <= MOST_WHOLE
+            warps = 8 if x1.dtype != torch.float32 and tiles.blocks > 1 else 4  # some devices lack registers for 4
             if dweight is not None:
                 parts = triton.cdiv(tiles.count, steps)
                 dweight_parts = x1.new_empty(parts, O, P, dtype=torch.float32)
@@ -656,7 +657,7 @@ def gradients(
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
                     BP=32, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
-                    STAGE=stage, PROJ=precision(settings.tf32_proj), num_stages=1,
+                    STAGE=stage, PROJ=precision(settings.tf32_proj), num_warps=warps, num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)

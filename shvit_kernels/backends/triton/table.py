@@ -61,7 +61,7 @@ def tiled(P: int, N: int, itemsize: int) -> Tiled:
     # Small enough that no device runs out of registers. The projection of keys and values takes most of them, and exact
     # products, which hold their operands there; without both, a pipeline of loads fits.
     if N > 256 and itemsize == 2:
-        rule = Tiled(queries=64, keys=64, channels=32, warps=4 if P <= 96 else 8, stages=2, copied=8192)
+        rule = Tiled(queries=64, keys=32, channels=32, warps=4 if P <= 96 else 8, stages=3, copied=8192)
     elif N <= 16:
         rule = Tiled(queries=16, keys=16, channels=16, warps=8, stages=1, copied=8192)
     elif P <= 80:
