@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shvit_kernels.bench.cases import EAGER, OURS, cases
+from shvit_kernels.bench.cases import cases, contenders
 from shvit_kernels.models.shvit import VARIANTS
 
 
@@ -19,6 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a module's tests the cases of its ``SUITES``, once per contender."""
     if "contender" in metafunc.fixturenames:
         # Compiling takes longer than all the rest; `python -m shvit_kernels bench` measures it.
-        found = [(case, name) for case in cases(metafunc.module.SUITES, VARIANTS) for name in (OURS, EAGER)]
+        found = [
+            (case, name) for case in cases(metafunc.module.SUITES, VARIANTS) for name in contenders(case, compile=False)
+        ]
         ids = [f"{case.id}, {name}" for case, name in found]
         metafunc.parametrize(("case", "contender"), found, ids=ids)

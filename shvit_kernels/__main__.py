@@ -99,6 +99,7 @@ def demo(variants: tuple[str, ...], image: Path | None, checkpoint: Path | None,
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each contender.")
 @click.option("--backend", type=click.Choice(list(backends.BACKENDS)), help="By default the best one.")
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Measure torch.compile too (slow).")
+@click.option("--peers", is_flag=True, help="Compare with other runtimes too, in evaluation (slow).")
 @click.option("--json", "json_file", **_NEW_FILE, help="Save every figure.")
 @click.option("--plot", "plot_file", **_NEW_FILE, help="Save a plot (.png).")
 def bench(
@@ -108,12 +109,14 @@ def bench(
     threads: int,
     backend: str | None,
     compile: bool,
+    peers: bool,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
     """Measure WHAT against the stock implementation: the operator, the layer and the models.
 
-    Without WHAT a quick look at all three: S4 alone, 10 rounds, unless the options say otherwise.
+    Without WHAT a quick look at all three: S4 alone, 10 rounds, unless the options say otherwise. With --peers, in
+    evaluation, ours against BatchNorm folded, channels_last, ONNX Runtime and OpenVINO, and S4 against MobileViTv2.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -142,7 +145,14 @@ def bench(
                 def after_round() -> None:
                     progress.update(task, advance=1, refresh=True)
 
-                results = run(chosen, rounds=rounds, compile=compile, before_case=before_case, after_round=after_round)
+                results = run(
+                    chosen,
+                    rounds=rounds,
+                    compile=compile,
+                    with_peers=peers,
+                    before_case=before_case,
+                    after_round=after_round,
+                )
     finally:
         torch.set_num_threads(before)
     report.show(results, console)

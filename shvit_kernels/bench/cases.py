@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends, functional
 from .._randomise import randomise
+from ..fuse import fuse
 from ..models import create_model
-from ..models.shvit import IMAGE_SIZE, VARIANTS, Residual, SHViT
+from ..models.shvit import IMAGE_SIZE, VARIANTS, Residual, _fuse_children
 from ..modules import SHSA
 from ..stock import FusedAttentionSHSA, with_stock_layers
+from . import peers
 from .timing import Call
 
 SUITES = {
@@ -29,13 +31,25 @@ SUITES = {
     "mixer": "the same as a function, on folded weights",
     "models": "whole models",
 }
-OURS, EAGER, FUSED, COMPILE, AUTOTUNE, COPY = (
+RIVALS = "rivals"
+"""The suite of other models on the images of one of ours, whose rounds they share."""
+RIVAL_OF = {"shvit_s4": "mobilevitv2_100"}
+"""The model that the paper states its headline against, by its name in timm."""
+OURS, FUSE, EAGER, FUSED, COMPILE, AUTOTUNE, COPY = (
     "shvit_kernels",
+    "shvit_kernels.fuse",
     "eager",
     "scaled_dot_product_attention",
     "torch.compile",
     "max-autotune",
     "copy",
+)
+FOLDED, FOLDED_LAST, COMPILE_LAST, ONNX_RUNTIME, OPENVINO = (
+    "eager fused",
+    "fused, channels_last",
+    "compile, channels_last",
+    "ONNX Runtime",
+    "OpenVINO",
 )
 EVALUATION, TRAINING = "evaluation", "training"  # a training step: forward and backward
 BATCHES = (1, 16)
@@ -50,6 +64,10 @@ def _ours(module: nn.Module, mode: str) -> nn.Module:
     return module
 
 
+def _fuse(module: nn.Module, mode: str) -> nn.Module:
+    return fuse(module.eval())
+
+
 def _stock(module: nn.Module, mode: str) -> nn.Module:
     return with_stock_layers(module)
 
@@ -58,10 +76,32 @@ def _fused(module: nn.Module, mode: str) -> nn.Module:
     return with_stock_layers(module, FusedAttentionSHSA)
 
 
+def _folded(module: nn.Module, mode: str) -> nn.Module:
+    module = with_stock_layers(module).eval()
+    _fuse_children(module)
+    return module
+
+
+def _folded_last(module: nn.Module, mode: str) -> nn.Module:
+    return _folded(module, mode).to(memory_format=torch.channels_last)
+
+
 def _compiled(module: nn.Module, mode: str, options: dict[str, bool] | None = None) -> nn.Module:
     torch.compiler.reset()  # the limit of recompilations is per piece of code, and all cases share theirs
     options = {**(options or {}), **({"freezing": True} if mode == EVALUATION else {})}
     return torch.compile(with_stock_layers(module), options=options or None)
+
+
+def _compiled_last(module: nn.Module, mode: str) -> nn.Module:
+    return _compiled(_folded_last(module, mode), mode)
+
+
+def _onnx_runtime(module: nn.Module, mode: str) -> nn.Module:
+    return peers.Exported(_folded(module, mode), peers.onnx_runtime)
+
+
+def _openvino(module: nn.Module, mode: str) -> nn.Module:
+    return peers.Exported(_folded(module, mode), peers.openvino)
 
 
 def _autotuned(module: nn.Module, mode: str) -> nn.Module:
@@ -77,29 +117,52 @@ class _Copy(nn.Module):
 
 @dataclass(frozen=True)
 class Contender:
-    """How one competitor is made of our module, and the backend that it names, if any."""
+    """How one competitor is made of our module, and what it takes."""
 
     make: Callable[[nn.Module, str], nn.Module]
     backend: str | None = None
+    """The backend that it names, if any."""
+    needs: tuple[str, ...] = ()
+    """Modules that this library can do without."""
+    layout: torch.memory_format = torch.contiguous_format
+    """Of the inputs that suit it."""
 
     def context(self) -> AbstractContextManager:
         """To be entered around calls."""
         return backends.use_backend(self.backend) if self.backend else nullcontext()
 
+    def why_missing(self) -> str | None:
+        """Why it cannot run anywhere here, or None."""
+        return peers.why_missing(*self.needs)
+
     def why_not(self, x: Tensor) -> str | None:
         """Why it cannot run on ``x``, or None."""
-        return backends.get(self.backend).why_not(x) if self.backend else None
+        return self.why_missing() or (backends.get(self.backend).why_not(x) if self.backend else None)
 
 
 CONTENDERS = {
     OURS: Contender(_ours),
     **{name: Contender(_ours, name) for name in ("cuda", "triton")},
+    FUSE: Contender(_fuse),
     EAGER: Contender(_stock),
     FUSED: Contender(_fused),
     COMPILE: Contender(_compiled),
     AUTOTUNE: Contender(_autotuned),
     COPY: Contender(lambda module, mode: _Copy()),
+    FOLDED: Contender(_folded),
+    FOLDED_LAST: Contender(_folded_last, layout=torch.channels_last),
+    COMPILE_LAST: Contender(_compiled_last, layout=torch.channels_last),
+    ONNX_RUNTIME: Contender(_onnx_runtime, needs=peers.ONNX_RUNTIME_NEEDS),
+    OPENVINO: Contender(_openvino, needs=peers.OPENVINO_NEEDS),
 }
+_RUNTIMES = (ONNX_RUNTIME, OPENVINO)
+PEERS = {
+    "op": (OURS, EAGER, FOLDED, COMPILE, *_RUNTIMES),
+    "layer": (FUSE, EAGER, FOLDED, COMPILE, *_RUNTIMES),
+    "models": (FUSE, EAGER, FOLDED, FOLDED_LAST, COMPILE_LAST, *_RUNTIMES),
+    RIVALS: (EAGER, COMPILE_LAST, *_RUNTIMES),
+}
+"""Who takes part in evaluation among peers, by suite."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +216,17 @@ class Case:
 
     def call(self, contender: str) -> Call:
         """Sets up a contender on the CPU with one input."""
-        return partial(self.step(contender), *self.inputs()[0])
+        x, dy = self.inputs()[0]
+        return partial(self.step(contender), x.to(memory_format=CONTENDERS[contender].layout), dy)
+
+
+def contenders(case: Case, *, compile: bool, with_peers: bool = False) -> list[str]:
+    """Who takes part in a case on the CPU."""
+    if with_peers and case.mode == EVALUATION:
+        names = PEERS[case.suite]
+    else:
+        names = (OURS, FUSE, EAGER, COMPILE) if case.suite == "models" else (OURS, EAGER, COMPILE)
+    return [name for name in names if compile or name not in (COMPILE, COMPILE_LAST)]
 
 
 def _attention(dim: int, pdim: int) -> nn.Module:
@@ -196,8 +269,8 @@ _AS_FUNCTIONS = ("shsa", "mixer")
 _TRAINED = ("op", "layer")
 
 
-def _with_weights(module: nn.Module, channels: int) -> nn.Module:
-    if isinstance(module, SHViT):
+def _with_weights(suite: str, module: nn.Module, channels: int) -> nn.Module:
+    if suite in ("models", RIVALS):
         return randomise(module, seed=0)
     # `randomise` shows images of 128 x 128 pixels; this makes a feature map of 8 x 8 of them.
     randomise(nn.Sequential(nn.Conv2d(channels, channels, 1, stride=16), module), seed=0)
@@ -238,7 +311,7 @@ def _of_module(
 
     @cache
     def original() -> nn.Module:
-        module = _with_weights(build(), shape[0])
+        module = _with_weights(suite, build(), shape[0])
         return _Function(module) if suite in _AS_FUNCTIONS else module
 
     def module() -> nn.Module:
@@ -276,3 +349,12 @@ def cases(
                 build = partial(_BUILDERS[suite], dim, pdim)
                 found += _of_module(suite, label, build, (dim, height, width), batches, dtypes)
     return found
+
+
+def rival(case: Case) -> Case:
+    """The model of :data:`RIVAL_OF` on the images of ``case``."""
+    from .timm_import import timm
+
+    name = RIVAL_OF[case.name]
+    build = partial(timm.create_model, name)
+    return next(_of_module(RIVALS, name, build, case.shape[1:], case.shape[:1], [case.dtype]))

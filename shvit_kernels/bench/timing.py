@@ -2,20 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 
 from ..backends import native
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 SHORTEST_SAMPLE = 5e-3
 """Seconds; faster calls are repeated until a sample lasts this long."""
+
+PAUSE = 0.05
+"""Seconds before a sample where there are several threads: those of the contender before it spin for a while."""
 
 FMA_REPEATS = 10_000_000  # about 50 ms
 
@@ -34,6 +39,8 @@ class Spread:
 
 
 def _seconds(call: Call, repeats: int) -> float:
+    if torch.get_num_threads() > 1:
+        time.sleep(PAUSE)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -41,10 +48,10 @@ def _seconds(call: Call, repeats: int) -> float:
 
 
 def interleave(
-    samplers: dict[str, Callable[[], float]], rounds: int, after_round: Call = lambda: None
-) -> dict[str, list[float]]:
+    samplers: dict[Name, Callable[[], float]], rounds: int, after_round: Call = lambda: None
+) -> dict[Name, list[float]]:
     """What each sampler gives in each round. The order within a round moves on by one every round."""
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
     names = list(samplers)
     for _ in range(rounds):
         for name in names:
@@ -54,7 +61,7 @@ def interleave(
     return samples
 
 
-def measure(calls: dict[str, Call], rounds: int, after_round: Call = lambda: None) -> dict[str, list[float]]:
+def measure(calls: dict[Name, Call], rounds: int, after_round: Call = lambda: None) -> dict[Name, list[float]]:
     """Seconds per call of each contender in each round."""
     samplers = {}
     for name, call in calls.items():
