@@ -126,14 +126,15 @@ class Case:
     D: int = QK_DIM
     layout: torch.memory_format = torch.contiguous_format
     norm: bool = True
-    tf32: bool = False
+    tf32: tuple[bool, bool] = (False, False)
+    """Of the projection and of the attention."""
     operators: tuple[str, ...] | None = None
     """By default all."""
 
     def __str__(self) -> str:
         words = [f"{self.C}+{self.P}+{self.D} {self.height}x{self.width}", str(self.dtype).removeprefix("torch.")]
         words += ["channels_last"] * (self.layout == torch.channels_last) + ["no norm"] * (not self.norm)
-        return " ".join(words + ["tf32"] * self.tf32)
+        return " ".join(words + [name for name, on in zip(("tf32_proj", "tf32_attn"), self.tf32, strict=True) if on])
 
 
 def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
@@ -153,7 +154,7 @@ def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
     x, x1 = image(case.C), image(P)
     norm = (new(P), new(P)) if case.norm else (None, None)
     weight, vector = new(O, P), new(O)
-    settings = D**-0.5, True, case.tf32, case.tf32
+    settings = D**-0.5, True, *case.tf32
     short = D, EPS, *settings
     long = D, EPS, EPS, *settings
     forward = (x, *norm, weight, vector, *short)
@@ -184,8 +185,10 @@ def cases(target: str) -> Iterator[Case]:
     yield Case(336, 72, 8, 8)
     yield Case(336, 72, 25, 42)
     yield Case(352, 75, 7, 7, torch.float32)
+    yield Case(320, 68, 4, 4, torch.float32, tf32=(True, False))  # several images in a tile, and PyTorch's default
     if target == "sm_90":
-        yield Case(352, 75, 7, 7, torch.float32, tf32=True)
+        yield Case(320, 68, 4, 4, torch.float32)
+        yield Case(352, 75, 7, 7, torch.float32, tf32=(True, True))
         yield Case(448, 96, 4, 4, torch.bfloat16, layout=torch.channels_last)
         yield Case(448, 96, 25, 42, torch.bfloat16, layout=torch.channels_last)
         yield Case(200, 130, 16, 16, D=64, norm=False)

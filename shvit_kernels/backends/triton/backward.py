@@ -640,9 +640,9 @@ def gradients(
             dweight_parts = None
             weight_programs = 0
             steps = triton.cdiv(tiles.count, PARTS)
-            rows, columns, inner = (32, 32, 16) if x1.dtype == torch.float32 else (64, 32, 64)
+            rows, columns, inner = (32, 16, 16) if x1.dtype == torch.float32 else (64, 32, 64)
             is_whole = x1.dtype != torch.float32 and O <= MOST_WHOLE
-            warps = 8 if x1.dtype != torch.float32 and tiles.blocks > 1 else 4  # some devices lack registers for 4
+            warps = 4 if x1.dtype != torch.float32 and tiles.blocks == 1 else 8  # for want of registers
             if dweight is not None:
                 parts = triton.cdiv(tiles.count, steps)
                 dweight_parts = x1.new_empty(parts, O, P, dtype=torch.float32)
@@ -656,7 +656,7 @@ def gradients(
                     x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
-                    BP=32, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
+                    BP=columns, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
                     STAGE=stage, PROJ=precision(settings.tf32_proj), num_warps=warps, num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
