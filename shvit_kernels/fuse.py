@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .accelerate import is_stock_shsa
 from .backends import eager, fused
 from .modules import is_plain
+from .ops import pack
 
 
 class _Inference(nn.Module):
@@ -35,7 +36,7 @@ class FusedConv3x3(_FusedLayer):
     """3x3 convolution with stride 2, batch normalisation and ReLU."""
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
-        super().__init__(weight=fused.pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
+        super().__init__(weight=pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class FusedLinear(_FusedLayer):
     """A linear layer with batch normalisation before it."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__(weight=fused.pack(weight), bias=bias)
+        super().__init__(weight=pack(weight), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.operators(x).pointwise(x[:, :, None, None], None, self.weight, self.bias, False).flatten(1)
@@ -155,7 +156,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 def _packed(weight: Tensor) -> Tensor:
     """A 1x1 kernel ``[outputs, inputs, 1, 1]``, packed."""
-    return fused.pack(weight.flatten(1))
+    return pack(weight.flatten(1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,15 +336,19 @@ def fuse(model: nn.Module) -> FusedModel:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+    # timm's own fuse() leaves new convolutions in training mode, where that makes no difference.
+    training = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if module.training and (module is model or isinstance(module, _BatchNorm))
+    ]
     if training:
         raise ValueError(
-            f"model must be in evaluation mode, call model.eval() first: {len(training)} modules are in training mode, "
-            f"the first is {training[0]}"
+            f"model must be in evaluation mode, call model.eval() first: {training[0]} is in training mode"
         )
     if isinstance(model, FusedModel):
         return copy.deepcopy(model)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).eval()
     done: dict[int, nn.Module | None] = {}
     model = _replace(model, done) or model
     if not any(done.values()):

@@ -10,7 +10,8 @@ X there are
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
 
 and the operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
-fused_mixer, fused_pool. These take channels_last images and packed weights (``backends.fused``), in float32.
+fused_mixer, fused_pool. These take channels_last images and packed weights, in float32; ``backends.fused`` says what
+each computes.
 
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
@@ -20,6 +21,7 @@ keep that format; gradients that were not asked for come back with size [0].
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
@@ -80,6 +82,22 @@ def readable(x: Tensor) -> Tensor:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of statistics and sums: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+PANEL = 16
+"""Columns of packed weights that stand side by side, on every instruction set."""
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs, 16]``, zeros for the outputs that are missing."""
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, outputs: int) -> Tensor:
+    """The ``[outputs, inputs]`` that :func:`pack` was given."""
+    return packed.transpose(1, 2).flatten(0, 1)[:outputs]
 
 
 def _empty_image(like: Tensor, channels: int) -> Tensor:

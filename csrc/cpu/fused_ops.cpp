@@ -41,7 +41,8 @@ struct Packed {
   const float *weight, *bias;
   int64_t outputs;
 
-  Packed(const Tensor& w, const Tensor& b, int64_t inputs) : weight(floats(w)), bias(floats(b)), outputs(b.numel()) {
+  Packed(const Tensor& w, const Tensor& b, int64_t inputs)
+      : weight(floats(w)), bias(floats(b)), outputs(b.numel()) {
     check_float("weight", w);
     check_float("bias", b);
     STD_TORCH_CHECK(w.is_contiguous() && b.is_contiguous(), "weight and bias must be contiguous");
@@ -62,8 +63,8 @@ Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
   const Images s(x, true);
   const Packed packed(weight, bias, 9 * s.C);
   Tensor y = empty_rows(x, s.B, (s.H + 1) / 2, (s.W + 1) / 2, packed.outputs);
-  Conv3x3Params params{s.B,       s.C,           s.H,         s.W,       packed.outputs, !x.is_contiguous(), relu,
-                       floats(x), packed.weight, packed.bias, result(y), nullptr};
+  Conv3x3Params params{s.B,  s.C,       s.H,           s.W,         packed.outputs, !x.is_contiguous(),
+                       relu, floats(x), packed.weight, packed.bias, result(y),      nullptr};
   run(kernels().conv3x3, params);
   return y;
 }
@@ -73,12 +74,13 @@ Tensor depthwise(Tensor x, Tensor weight, Tensor bias, int64_t stride, bool relu
   check_float("weight", weight);
   check_float("bias", bias);
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  STD_TORCH_CHECK(weight.is_contiguous() && bias.is_contiguous() && weight.numel() == 9 * s.C && bias.numel() == s.C,
-                  "weight must be [9, ", s.C, "] and bias [", s.C, "], contiguous");
+  STD_TORCH_CHECK(
+      weight.is_contiguous() && bias.is_contiguous() && weight.numel() == 9 * s.C && bias.numel() == s.C,
+      "weight must be [9, ", s.C, "] and bias [", s.C, "], contiguous");
   const int64_t H = (s.H + stride - 1) / stride, W = (s.W + stride - 1) / stride;
   Tensor y = empty_rows(x, s.B, H, W, s.C);
-  DepthwiseParams params{s.B,       s.C,           s.H,         s.W,       stride, relu,
-                         floats(x), floats(weight), floats(bias), result(y), nullptr};
+  DepthwiseParams params{s.B,          s.C,       s.H,    s.W, stride, relu, floats(x), floats(weight),
+                         floats(bias), result(y), nullptr};
   run(kernels().depthwise, params);
   return y;
 }
@@ -92,9 +94,17 @@ Tensor pointwise(Tensor x, std::optional<Tensor> scale, Tensor weight, Tensor bi
                     " contiguous values, got ", scale->numel());
   }
   Tensor y = empty_rows(x, s.B, s.H, s.W, packed.outputs);
-  PointwiseParams params{s.B,       s.H * s.W,     s.C,         packed.outputs, relu, floats(x),
+  PointwiseParams params{s.B,
+                         s.H * s.W,
+                         s.C,
+                         packed.outputs,
+                         relu,
+                         floats(x),
                          scale.has_value() ? floats(*scale) : nullptr,
-                         packed.weight, packed.bias, result(y), nullptr};
+                         packed.weight,
+                         packed.bias,
+                         result(y),
+                         nullptr};
   run(kernels().pointwise, params);
   return y;
 }

@@ -24,9 +24,10 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// finish(row, vector, values) for each vector of the tile.
+// finish(row, vector, values) for each vector of the tile. A function of its own, so that nothing else takes
+// registers from the sums.
 template <class T, int VB, int MR, int NV, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+__attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
@@ -48,14 +49,13 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish
   }
 }
 
-// Rows per tile: as many accumulators as the registers hold beside one row of B and a broadcast.
-#ifdef __AVX512F__
+// Rows per tile: as many accumulators as the registers hold beside one row of B and a broadcast. Macros like
+// __AVX512F__ do not follow the target of a pragma, so each variant says what it has.
 template <int VB>
-constexpr int kTileRows = VB == 64 ? 12 : 6;
-#else
-template <int VB>
-constexpr int kTileRows = VB == 64 ? 4 : 6;
-#endif
+constexpr int kTileRows = SHVIT_REGISTER_BYTES / VB >= 28   ? 12
+                          : SHVIT_REGISTER_BYTES / VB >= 16 ? 6
+                          : SHVIT_REGISTER_BYTES / VB >= 8  ? 2
+                                                            : 1;
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, class Finish>

@@ -1,5 +1,6 @@
 // The kernels of one instruction set: included by a file that has enabled it, after every standard header, so
-// that nothing of the standard library is compiled for more than the baseline. All names here have internal
+// that nothing of the standard library is compiled for more than the baseline, and that has defined
+// SHVIT_REGISTER_BYTES, the size of all its vector registers. All names here have internal
 // linkage.
 #pragma once
 

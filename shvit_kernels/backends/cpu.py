@@ -1,10 +1,9 @@
 """The ``cpu`` backend: the C++ kernels of the native library."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from .. import ops
 from . import eager, native, operators
 
 name = "cpu"
@@ -29,4 +28,28 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
 
 shsa, partial_moments, shsa_train, shsa_eval, _ = operators.functions("native")
 
-shsa_mixer = partial(eager.mix_after, shsa)  # the projection is PyTorch's
+
+def shsa_mixer(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    scale: float,
+    *tf32: bool,
+) -> Tensor:
+    """One operator in float32, which packs the projection at each call; otherwise the projection is PyTorch's."""
+    attention = (norm_weight, norm_bias, qkv_weight, qkv_bias)
+    given = (x, *attention, proj_weight, proj_bias)
+    if not all(t is None or t.dtype == torch.float32 for t in given) or operators.tracks_gradients(*given):
+        return eager.mix_after(shsa, x, *attention, proj_weight, proj_bias, qk_dim, norm_eps, scale, *tf32)
+    bias = proj_weight.new_zeros(proj_weight.shape[0]) if proj_bias is None else proj_bias
+    rows = x.contiguous(memory_format=torch.channels_last)
+    mixed = torch.ops.shvit_kernels.fused_mixer.default(
+        rows, *attention, ops.pack(proj_weight), bias, qk_dim, norm_eps, scale
+    )
+    return mixed.contiguous(memory_format=ops.memory_format(x))

@@ -11,22 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from ..ops import readable, unpack
 from . import choose, cpu, eager
-
-PANEL = 16
-
-
-def pack(weight: Tensor) -> Tensor:
-    """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs, 16]``, zeros for the outputs that are missing."""
-    outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
-    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-
-
-def unpack(packed: Tensor, outputs: int) -> Tensor:
-    """The ``[outputs, inputs]`` that :func:`pack` was given."""
-    return packed.transpose(1, 2).flatten(0, 1)[:outputs]
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
@@ -102,7 +88,7 @@ def _on_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _conv3x3(x: Tensor, *rest) -> Tensor:
     # The first convolution of a stem reads images as they come.
-    return torch.ops.shvit_kernels.fused_conv3x3.default(ops.readable(x), *rest)
+    return torch.ops.shvit_kernels.fused_conv3x3.default(readable(x), *rest)
 
 
 NATIVE = Operators(

@@ -21,7 +21,7 @@ class Functions(NamedTuple):
     shsa_mixer: Callable[..., Tensor]
 
 
-def _tracks_gradients(*tensors: Tensor | None) -> bool:
+def tracks_gradients(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:  # the autograd functions refuse tangents, bare operators would drop them
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -35,30 +35,30 @@ def functions(family: str) -> Functions:
 
     def shsa(x: Tensor, *rest) -> Tensor:
         x = ops.readable(x)
-        if _tracks_gradients(x, *rest[:4]):
+        if tracks_gradients(x, *rest[:4]):
             return ops.Shsa.apply(family, x, *rest)
         return shsa_forward(x, *rest)[0]
 
     def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
         x = ops.readable(x)
-        if _tracks_gradients(x, *rest[:2]):
+        if tracks_gradients(x, *rest[:2]):
             return ops.PartialMoments.apply(family, x, *rest)
         return moments_forward(x, *rest)[:2]
 
     def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
         x = ops.readable(x)
-        if _tracks_gradients(x, *rest[:5]):
+        if tracks_gradients(x, *rest[:5]):
             return ops.ShsaTrain.apply(family, x, *rest)
         y, *_, mean, variance = train_forward(x, *rest)
         return y, mean, variance
 
     def shsa_eval(x: Tensor, *rest) -> Tensor:
-        if _tracks_gradients(x, *rest[:8]):
+        if tracks_gradients(x, *rest[:8]):
             return eager.fold_and(shsa, x, *rest)
         return evaluate(ops.readable(x), *rest)
 
     def shsa_mixer(x: Tensor, *rest) -> Tensor:
-        if _tracks_gradients(x, *rest[:6]):
+        if tracks_gradients(x, *rest[:6]):
             return eager.mix_after(shsa, x, *rest)
         return mix(ops.readable(x), *rest)
 

@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include <cstdint>
 
+#define SHVIT_REGISTER_BYTES (32 * 64)
+
 #include "../kernels.h"
 #include "../target.h"
 SHVIT_BEGIN_TARGET("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq")

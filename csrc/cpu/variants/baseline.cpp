@@ -1,6 +1,8 @@
 // baseline: 128-bit vectors, on any processor.
 #include <cstdint>
 
+#define SHVIT_REGISTER_BYTES (16 * 16)
+
 #include "../variant.h"
 
 const shvit::Variant shvit::kBaseline = variant<16>("baseline");

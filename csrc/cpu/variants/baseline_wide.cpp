@@ -1,6 +1,8 @@
 // baseline_wide: the 512-bit source lowered to 128-bit instructions, so that it runs everywhere.
 #include <cstdint>
 
+#define SHVIT_REGISTER_BYTES (16 * 16)
+
 #include "../variant.h"
 
 const shvit::Variant shvit::kBaselineWide = variant<64>("baseline_wide");

@@ -1,0 +1,355 @@
+"""``fuse`` on models of timm, of the official repository's structure, and of this library."""
+
+import copy
+import pickle
+import warnings
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import shvit_kernels
+from shvit_kernels import SHViT, accelerate, fuse
+from shvit_kernels._randomise import randomise
+from shvit_kernels.fuse import (
+    FusedConv3x3,
+    FusedDepthwise,
+    FusedFFN,
+    FusedLinear,
+    FusedMixer,
+    FusedPatchMerging,
+)
+from shvit_kernels.models.shvit import Residual
+from tests.support import native as native_tier
+from tests.support.parity import images
+from tests.support.timm_import import timm
+
+NAMES = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
+SMALL = {"embed_dim": (16, 24, 40), "partial_dim": (4, 6, 9), "depth": (1, 2, 2), "num_classes": 5}
+FUSED = (FusedConv3x3, FusedDepthwise, FusedFFN, FusedLinear, FusedMixer, FusedPatchMerging)
+
+
+def small_timm(**arguments) -> nn.Module:
+    settings = {**SMALL, "types": ("i", "s", "s"), **arguments}
+    return randomise(timm.models.shvit.SHViT(**settings), seed=6).eval()
+
+
+def small(**arguments) -> SHViT:
+    return randomise(SHViT(**{**SMALL, **arguments}), seed=6).eval()
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    found = [type(m).__name__ for m in model.modules() if isinstance(m, FUSED)]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def assert_near(result: Tensor, expected: Tensor, relative: float) -> None:
+    assert result.shape == expected.shape
+    difference, size = (result.double() - expected.double()).abs().max(), expected.abs().max()
+    assert difference <= relative * size, f"off by {difference:.3g} of {size:.3g}"
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+ALL_OF_SMALL = {
+    "FusedConv3x3": 4,
+    "FusedDepthwise": 5 + 4,
+    "FusedFFN": 5 + 4,
+    "FusedLinear": 1,
+    "FusedMixer": 4,
+    "FusedPatchMerging": 2,
+}
+
+
+@native_tier.needs_native
+@pytest.mark.parametrize("name", NAMES)
+def test_published_models_agree_with_timm(name):
+    stock = randomise(timm.create_model(name), seed=1).eval()
+    fast = fuse(stock)
+    for size, batch in ((224, 2), ((288, 352), 1)):
+        x = images(size, batch, dtype=torch.float32)
+        assert_near(outputs(fast, x), outputs(stock, x), 1e-5)
+
+
+@native_tier.needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("size, batch", [(64, 1), (65, 3), ((96, 33), 2), (256, 64), ((1, 1), 2)])
+def test_any_size_batch_layout_and_threads(size, batch, layout, threads):
+    stock = small_timm()
+    x = images(size, batch, dtype=torch.float32)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    with native_tier.threads(threads):
+        assert_near(outputs(fuse(stock), x), outputs(stock, x), 1e-5)
+
+
+@native_tier.needs_native
+def test_same_bits_for_any_number_of_threads():
+    fast = fuse(small())
+    x = images(100, 5, dtype=torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        with native_tier.threads(threads):
+            results.append(outputs(fast, x))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("prepare", [copy.copy, accelerate, lambda m: m.fuse(), lambda m: accelerate(m).fuse()])
+@pytest.mark.parametrize("make", [small_timm, small], ids=["timm", "ours"])
+def test_every_block_is_fused_and_exact(make, prepare):
+    stock = make().double()
+    fast = fuse(prepare(copy.deepcopy(stock)))
+    head = 0 if type(getattr(fast.model, "head", None)) is nn.Linear else 1  # a fused head is a plain linear layer
+    assert count(fast) == {**ALL_OF_SMALL, "FusedLinear": 1} if head else count(fast).get("FusedLinear", 0) == 0
+    assert not any(isinstance(m, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)) for m in fast.modules())
+    x = images(128)
+    assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
+
+
+def test_the_original_is_untouched():
+    stock = small_timm()
+    before = {k: v.clone() for k, v in stock.state_dict().items()}
+    modules = dict(stock.named_modules())
+    fuse(stock)
+    assert dict(stock.named_modules()) == modules
+    assert all(torch.equal(v, before[k]) for k, v in stock.state_dict().items())
+
+
+# The official repository's structure, under its names
+
+
+class Conv2d_BN(nn.Sequential):
+    def __init__(self, inputs, outputs, kernel=1, stride=1, padding=0, groups=1):
+        super().__init__()
+        self.add_module("c", nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False))
+        self.add_module("bn", nn.BatchNorm2d(outputs))
+
+
+def official() -> nn.Module:
+    """Stem, patch merging and head of a small official model."""
+
+    class SqueezeExcite(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.fc1, self.bn, self.act = nn.Conv2d(channels, 16, 1), nn.Identity(), nn.ReLU(inplace=True)
+            self.fc2, self.gate = nn.Conv2d(16, channels, 1), nn.Sigmoid()
+
+        def forward(self, x):
+            return x * self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+    class PatchMerging(nn.Module):
+        def __init__(self, dim, out_dim):
+            super().__init__()
+            hidden = 4 * dim
+            self.conv1 = Conv2d_BN(dim, hidden)
+            self.act = nn.ReLU()
+            self.conv2 = Conv2d_BN(hidden, hidden, 3, 2, 1, groups=hidden)
+            self.se = SqueezeExcite(hidden)
+            self.conv3 = Conv2d_BN(hidden, out_dim)
+
+        def forward(self, x):
+            return self.conv3(self.se(self.act(self.conv2(self.act(self.conv1(x))))))
+
+    class BN_Linear(nn.Sequential):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.add_module("bn", nn.BatchNorm1d(inputs))
+            self.add_module("l", nn.Linear(inputs, outputs))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = nn.Sequential(Conv2d_BN(3, 8, 3, 2, 1), nn.ReLU(), Conv2d_BN(8, 16, 3, 2, 1))
+            self.blocks1 = nn.Sequential(PatchMerging(16, 24))
+            self.head = BN_Linear(24, 7)
+
+        def forward(self, x):
+            x = self.blocks1(self.patch_embed(x))
+            return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    return randomise(Model(), seed=3).eval()
+
+
+def test_official_structure():
+    stock = official().double()
+    fast = fuse(stock)
+    assert count(fast) == {"FusedConv3x3": 2, "FusedLinear": 1, "FusedPatchMerging": 1}
+    x = images(64)
+    assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
+
+
+def test_a_block_alone():
+    block = Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval()
+    fast = fuse(block)
+    assert type(fast.model) is FusedFFN
+    x = images(8, channels=16)
+    assert_near(outputs(fast, x), outputs(block, x), 1e-9)
+
+
+# What is not stock stays as it is
+
+
+def _hook(model):
+    model.stages[1].blocks[0].mixer.m.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _activation(model):
+    model.stages[0].blocks[0].ffn.m.act = nn.GELU()
+
+
+def _gate(model):
+    model.stages[1].downsample[2].se.gate = nn.Hardsigmoid()
+
+
+def _scaled(model):
+    torch.nn.utils.parametrizations.weight_norm(model.stages[2].blocks[0].conv.m.c)
+
+
+@pytest.mark.parametrize(
+    "change, missing",
+    [(_hook, "FusedMixer"), (_activation, "FusedFFN"), (_gate, "FusedPatchMerging"), (_scaled, "FusedDepthwise")],
+)
+def test_changed_blocks_keep_their_own_forward(change, missing):
+    stock = small_timm().double()
+    change(stock)
+    fast = fuse(stock.eval())
+    assert count(fast)[missing] == ALL_OF_SMALL[missing] - 1
+    x = images(128)
+    assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
+
+
+def test_shared_blocks_stay_shared():
+    shared = Residual(shvit_kernels.models.shvit.FFN(16, 32))
+    fast = fuse(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}).eval())
+    assert fast.model["a"][0] is fast.model["b"]
+
+
+# Habits of a module
+
+
+@pytest.fixture
+def fast() -> nn.Module:
+    return fuse(small())
+
+
+X = images(64, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), fuse])
+def test_copies(fast, change):
+    assert torch.equal(outputs(change(fast), X), outputs(fast, X))
+
+
+def test_state_dict(fast):
+    other = fuse(randomise(SHViT(**SMALL), seed=9).eval())
+    assert not torch.equal(outputs(other, X), outputs(fast, X))
+    other.load_state_dict(fast.state_dict())
+    assert torch.equal(outputs(other, X), outputs(fast, X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_types(fast, dtype):
+    expected = outputs(fast, X)
+    moved = fast.to(dtype)
+    result = outputs(moved, X.to(dtype))
+    assert result.dtype == dtype
+    assert_near(result, expected, 1e-5 if dtype == torch.float64 else 0.1)
+    assert_near(outputs(moved.float(), X), expected, 1e-6 if dtype == torch.float64 else 0.1)
+
+
+def test_training_is_refused(fast):
+    for module in (fast, fast.model.stages[0].blocks[0].ffn):
+        with pytest.raises(RuntimeError, match="a fused model is for inference alone"):
+            module.train()
+    assert not any(module.training for module in fast.modules())
+    assert fast.eval() is fast
+
+
+def test_attributes_are_those_of_the_model(fast):
+    stock = small()
+    assert fast.feature_info.channels() == stock.feature_info.channels()
+    with torch.no_grad():
+        assert_near(fast.forward_features(X), stock.forward_features(X), 1e-5)
+        for one, other in zip(
+            fast.forward_intermediates(X, intermediates_only=True),
+            stock.forward_intermediates(X, intermediates_only=True),
+            strict=True,
+        ):
+            assert_near(one, other, 1e-5)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = fast.no_such_thing
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"distillation": True}, {"features_only": True}])
+def test_variants_of_the_model(settings):
+    stock = small(**settings)
+    result, expected = outputs(fuse(stock), X), outputs(stock, X)
+    for one, other in zip(result, expected, strict=True):
+        assert_near(one, other, 1e-5)
+
+
+def test_gradients_of_the_input(fast):
+    stock = small()
+    gradients = []
+    for model in (fast, stock):
+        x = X.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(model(x).square().sum(), x)[0])
+    assert_near(*gradients, 1e-4)
+
+
+@native_tier.needs_native
+def test_compile(fast):
+    compiled = torch.compile(fast, fullgraph=True)
+    assert_near(outputs(compiled, X), outputs(fast, X), 1e-5)
+
+
+@native_tier.needs_native
+def test_export(fast, tmp_path):
+    program = torch.export.export(fast, (X,))
+    torch.export.save(program, tmp_path / "fused.pt2")
+    loaded = torch.export.load(tmp_path / "fused.pt2").module()
+    assert any("fused_ffn" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(outputs(loaded, X), outputs(fast, X))
+
+
+def test_jit_trace_and_onnx_see_plain_operators(fast, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(fast, X)
+        torch.onnx.export(fast, (X,), tmp_path / "fused.onnx", dynamo=True, verbose=False)
+    assert "shvit_kernels::" not in str(traced.inlined_graph)
+    assert_near(outputs(traced, X), outputs(fast, X), 1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert_near(torch.from_numpy(result), outputs(fast, X), 1e-5)
+
+
+@native_tier.needs_native
+def test_backends_can_be_named(fast):
+    with shvit_kernels.use_backend("eager"):
+        by_specification = outputs(fast, X)
+    assert not torch.equal(by_specification, outputs(fast, X))  # it was another computation
+    assert_near(by_specification, outputs(fast, X), 1e-5)
+
+
+# Bad input
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        fuse({})
+    with pytest.raises(ValueError, match=r"model must be in evaluation mode.*the model itself is in training mode"):
+        fuse(small().train())
+    partly = small()
+    partly.stages[1].train()
+    with pytest.raises(ValueError, match=r"stages\.1\.downsample\.0\.m\.bn is in training mode"):
+        fuse(partly)
+    with pytest.raises(ValueError, match="must have at least one block of SHViT, and this Linear has none"):
+        fuse(nn.Linear(2, 2).eval())

@@ -1,0 +1,247 @@
+"""The operators of fused models on the CPU, against their specification (design section 6)."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from shvit_kernels.backends import fused
+from shvit_kernels.ops import pack, unpack
+from tests.support import native as native_tier
+from tests.support.numerics import (
+    Call,
+    Expected,
+    assert_parity,
+    assert_same_non_finite,
+    distance,
+    largest,
+    unit_roundoff,
+)
+
+pytestmark = native_tier.needs_native
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operator on inputs of some size; the inputs that are weights to be packed, and its settings."""
+
+    name: str
+    x: tuple[int, int, int, int]
+    weights: dict[str, tuple[int, ...]]
+    packed: tuple[str, ...] = ()
+    settings: tuple = ()
+
+    def arguments(self, tensors: dict[str, Tensor]) -> list[Tensor | None]:
+        """The tensors as the operator takes them."""
+        given = [pack(t) if name in self.packed else t for name, t in tensors.items()]
+        if self.name == "pointwise" and "scale" not in tensors:
+            given.insert(len(given) - 2, None)
+        return given
+
+    def call(self, layout: str = "channels_last") -> Call:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        tensors = {"x": draw(*self.x)}
+        if layout == "channels_last":
+            tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+        for name, shape in self.weights.items():
+            tensors[name] = draw(*shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
+
+        def function(backend: str, x: Tensor, **rest) -> dict[str, Tensor]:
+            given = self.arguments(rest)
+            operators = fused.SPECIFICATION if backend == "eager" else fused.NATIVE
+            return {"y": getattr(operators, self.name)(x, *given, *self.settings)}
+
+        return Call(function, tensors, {})
+
+
+def conv3x3(B, C, H, W, outputs, relu=True):
+    return Operation("conv3x3", (B, C, H, W), {"weight": (outputs, 9 * C), "bias": (outputs,)}, ("weight",), (relu,))
+
+
+def depthwise(B, C, H, W, stride, relu=False):
+    return Operation("depthwise", (B, C, H, W), {"weight": (9, C), "bias": (C,)}, (), (stride, relu))
+
+
+def pointwise(B, C, H, W, outputs, relu=False, scale=True):
+    weights = {"scale": (B, C)} if scale else {}
+    weights |= {"weight": (outputs, C), "bias": (outputs,)}
+    return Operation("pointwise", (B, C, H, W), weights, ("weight",), (relu,))
+
+
+def ffn(B, C, H, W, hidden):
+    weights = {"weight1": (hidden, C), "bias1": (hidden,), "weight2": (C, hidden), "bias2": (C,)}
+    return Operation("ffn", (B, C, H, W), weights, ("weight1", "weight2"))
+
+
+def mixer(B, C, H, W, P, D=16):
+    O = 2 * D + P
+    weights = {"norm_weight": (P,), "norm_bias": (P,), "qkv_weight": (O, P), "qkv_bias": (O,)}
+    weights |= {"weight": (C, C), "bias": (C,)}
+    return Operation("mixer", (B, C, H, W), weights, ("weight",), (D, 1e-5, D**-0.5))
+
+
+def pool(B, C, H, W):
+    return Operation("pool", (B, C, H, W), {})
+
+
+OPERATIONS = [
+    # The published sizes, few images and many.
+    conv3x3(1, 3, 64, 64, 28),
+    conv3x3(2, 28, 32, 32, 56),
+    conv3x3(2, 112, 16, 16, 224, relu=False),
+    depthwise(2, 224, 16, 16, 1),
+    depthwise(2, 1344, 8, 8, 2, relu=True),
+    pointwise(2, 336, 8, 8, 1344, relu=True),
+    pointwise(5, 1232, 7, 7, 448),
+    ffn(1, 448, 4, 4, 896),
+    ffn(3, 308, 7, 7, 616),
+    ffn(2, 128, 14, 14, 256),
+    mixer(1, 336, 8, 8, 72),
+    mixer(5, 352, 7, 7, 75),
+    mixer(17, 448, 4, 4, 96),
+    pool(3, 448, 4, 4),
+    # Every edge: one pixel, odd sides, ragged channels, more tokens than a block has, no image.
+    *[
+        conv3x3(2, C, H, W, outputs)
+        for C, H, W, outputs in ((1, 1, 1, 1), (3, 5, 9, 17), (5, 2, 300, 40), (2, 37, 3, 16))
+    ],
+    *[
+        depthwise(2, C, H, W, stride)
+        for stride in (1, 2)
+        for C, H, W in ((1, 1, 1), (3, 1, 2), (4, 2, 1), (19, 5, 6), (40, 9, 9), (64, 40, 50))
+    ],
+    *[pointwise(*size) for size in ((1, 1, 1, 1, 1), (2, 7, 3, 5, 33), (3, 17, 9, 9, 1000))],
+    pointwise(70, 30, 1, 1, 50, scale=False),
+    pointwise(2, 30, 6, 6, 50, relu=True, scale=False),
+    *[ffn(*size) for size in ((1, 1, 1, 1, 1), (2, 5, 6, 7, 9), (2, 33, 25, 42, 129))],
+    *[mixer(*size) for size in ((1, 2, 1, 1, 1, 1), (3, 20, 3, 3, 7, 3), (2, 40, 13, 20, 32), (2, 33, 25, 42, 17, 8))],
+    pool(2, 5, 25, 42),
+    conv3x3(0, 3, 8, 8, 5),
+    depthwise(0, 5, 4, 4, 1),
+    pointwise(0, 5, 4, 4, 7),
+    ffn(0, 5, 4, 4, 7),
+    mixer(0, 9, 4, 4, 5, 2),
+    pool(0, 5, 4, 4),
+]
+SMALL = [conv3x3(2, 3, 9, 8, 21), depthwise(2, 21, 5, 4, 2), pointwise(2, 9, 3, 3, 21), ffn(2, 9, 3, 3, 21)]
+SMALL += [mixer(3, 21, 3, 3, 9, 3), pool(2, 21, 3, 3)]
+
+
+def named(operations):
+    return [pytest.param(o, id=f"{o.name}-{'x'.join(map(str, o.x))}-{i}") for i, o in enumerate(operations)]
+
+
+each_small = pytest.mark.parametrize("operation", named(SMALL))
+
+
+def expect(call: Call) -> dict[str, Expected]:
+    """The output alone, within the bound of design section 6."""
+    truth, plain = (c.run("eager", ())["y"] for c in (call.to(torch.float64), call.to(torch.float32)))
+    bound = 2 * distance(plain, truth) + 8 * unit_roundoff(torch.float32) * largest(truth)
+    return {"y": Expected(truth, bound, torch.float32)}
+
+
+def native(operation: Operation, **tensors: Tensor) -> Tensor:
+    call = operation.call()
+    return call.function(**{**call.inputs, **tensors}, backend="cpu")["y"]
+
+
+@pytest.mark.parametrize("operation", named(OPERATIONS))
+def test_parity(operation):
+    call = operation.call()
+    assert_parity(call.run("cpu", ()), expect(call))
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[14:-6]]))
+def test_parity_of_every_instruction_set(operation, variant):
+    call = operation.call()
+    with native_tier.instruction_set(variant):
+        assert_parity(call.run("cpu", ()), expect(call))
+
+
+@each_small
+def test_layout_of_the_input_does_not_matter(operation):
+    rows, planes = operation.call(), operation.call("nchw")
+    y = rows.run("cpu", ())["y"]
+    torch.testing.assert_close(planes.run("cpu", ())["y"], y, rtol=1e-6, atol=1e-6)
+    assert y.dim() == 2 or y.is_contiguous(memory_format=torch.channels_last)
+    sliced = torch.cat([rows.inputs["x"]] * 2, 3)[..., : operation.x[3]]
+    assert torch.equal(native(operation, x=sliced), y) or operation.name == "conv3x3"
+
+
+@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[:14]]))
+def test_same_bits_for_any_number_of_threads(operation):
+    call = operation.call()
+    runs = []
+    for count in (1, 2, 3):
+        with native_tier.threads(count):
+            runs.append(call.run("cpu", ())["y"])
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@each_small
+def test_non_finite_values_stay_in_their_image(operation, value):
+    call = operation.call()
+    x = call.inputs["x"].clone()
+    x[1, 0, 1, 1] = value
+    poisoned, clean = native(operation, x=x), native(operation)
+    assert torch.equal(poisoned[0], clean[0])
+    assert not poisoned[1].isfinite().all()
+    with_poison = Call(call.function, {**call.inputs, "x": x}, {})
+    assert_same_non_finite(poisoned, with_poison.run("eager", ())["y"])
+
+
+@each_small
+def test_opcheck(operation):
+    call = operation.call()
+    tensors = operation.arguments(call.inputs)
+    operator = getattr(torch.ops.shvit_kernels, f"fused_{operation.name}").default
+    torch.library.opcheck(operator, (*tensors, *operation.settings))
+
+
+@each_small
+def test_weights_of_another_size_are_refused(operation):
+    call = operation.call()
+    for name, tensor in call.inputs.items():
+        if name == "x":
+            continue
+        wrong = torch.cat([tensor, tensor])
+        with pytest.raises(RuntimeError, match=r"must|packed"):
+            native(operation, **{name: wrong})
+
+
+@each_small
+def test_other_types_are_refused(operation):
+    with pytest.raises(RuntimeError, match="x must be float32"):
+        native(operation, x=operation.call().inputs["x"].double())
+
+
+def test_strided_images_are_refused_by_the_bare_operators():
+    x = torch.randn(2, 6, 4, 4).contiguous(memory_format=torch.channels_last)[:, ::2]
+    with pytest.raises(RuntimeError, match="x must be channels_last"):
+        torch.ops.shvit_kernels.fused_pool(x)
+
+
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 48])
+def test_packing_is_undone(outputs):
+    weight = torch.randn(outputs, 7)
+    packed = pack(weight)
+    assert packed.shape == (-(-outputs // 16), 7, 16)
+    assert torch.equal(unpack(packed, outputs), weight)
+    assert packed[0, 3, 0] == weight[0, 3] and (packed.sum() - weight.sum()).abs() < 1e-5
+
+
+@each_small
+def test_gradients_go_through_the_specification(operation):
+    x = operation.call().inputs["x"].clone().requires_grad_()
+    assert fused.operators(x) is fused.SPECIFICATION
+    with torch.no_grad():
+        assert fused.operators(x) is fused.NATIVE
+    assert fused.operators(x.double()) is fused.SPECIFICATION
