@@ -3,6 +3,7 @@
 On a GPU if the library was built for one; otherwise executed on the processor (tests/cuda_host).
 """
 
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from shvit_kernels import ops
 from shvit_kernels.backends import cuda as backend
 from tests.support import cuda
-from tests.support.cases import Case, eval_call, shsa_call, train_call
+from tests.support.cases import Case, eval_call, mixer_call, moments_call, shsa_call, train_call
 from tests.support.numerics import Call, assert_parity, device_of, expect, moved
 from tests.support.operators import NAMES, Arguments
 
@@ -114,6 +115,19 @@ def test_an_error_of_a_launch_names_the_operator(arguments, harness, N, name):
     given = arguments.of(name, small_case(N=N))[0]
     with harness.shared_memory_limit(8), pytest.raises(RuntimeError, match=f"{name}: invalid argument"):
         arguments.operators[name](*given)
+
+
+@cuda.only_hosted
+@pytest.mark.parametrize("P", [80, 96, 112, 128, 144, 256])
+def test_every_size_fits_the_smallest_device(harness, P):
+    """A block of sm_86, sm_89 or sm_120 has 99 KiB of shared memory."""
+    axes = ((16, 128), (1, 16, 49, 64, 256, 300), ("nchw", "channels_last"), (torch.float16, torch.float32))
+    for D, N, layout, dtype in itertools.product(*axes):
+        case = Case(P=P, D=D, N=N, beyond=80, layout=layout, dtype=dtype)
+        with harness.shared_memory_limit(99 << 10), harness.noted_launches() as launches:
+            for make, needs in ((shsa_call, None), (train_call, None), (moments_call, None), (mixer_call, ())):
+                make(case).run(cuda.BACKEND, needs)
+        assert launches
 
 
 def single_statistics(case: Case) -> Call:

@@ -64,10 +64,13 @@ struct Layout {
   __host__ __device__ Layout(const Sizes& s, const Cut& cut)
       : ld(padded(ChannelsLast ? s.P : cut.tokens) + 4),
         tile_values(padded(ChannelsLast ? cut.tokens : s.P) * ld),
-        strip(s.P <= 96    ? padded(s.P)
-              : s.P <= 128 ? 64
-                           : 32),
-        ld_cov(strip + 4) {}
+        strip(s.P <= 80 ? padded(s.P) : kPairs * kTile),
+        ld_cov(strip + 4) {
+    while (strip > kTile && floats(s, cut) * static_cast<int>(sizeof(float)) > kSharedBytes) {
+      strip /= 2;
+      ld_cov = strip + 4;
+    }
+  }
   __host__ __device__ int floats(const Sizes& s, const Cut& cut) const {
     return 2 * cut.images * tile_values + padded(s.P) * (ld_cov + 4) + 2 * cut.all_warps() * (s.P + 1);
   }
