@@ -246,11 +246,15 @@ def test_one_key_far_above_all_others_in_the_last_block():
 
 
 def test_all_logits_far_below_zero():
-    """The padding of a tile, whose logits are zero, would then outweigh all keys."""
+    """The padding of a tile, whose logits are zero, would then outweigh all keys, which have about -140.
+
+    Not further below: at -280, where eager's error happens to be small, dx would be 2.4 times beyond its bound if
+    nothing but the exact logits were rounded to float32.
+    """
     case = Case(P=20, D=8, N=257)
     call = shsa_call(case)
-    call.inputs["qkv_bias"][: case.D] += 10.0
-    call.inputs["qkv_bias"][case.D : 2 * case.D] -= 10.0
+    call.inputs["qkv_bias"][: case.D] += 7.0
+    call.inputs["qkv_bias"][case.D : 2 * case.D] -= 7.0
     check(call)
 
 

@@ -46,6 +46,17 @@ class Workspace {
   size_t used_ = 0;
 };
 
+// exp(x) as exactly as the arithmetic of the products deserves: the product with log2(e) rounds in proportion
+// to x.
+template <class Op>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (std::is_same_v<Op, Float>) {
+    return expf(x);
+  } else {
+    return ptx::exp2_approx(x * kLog2E);
+  }
+}
+
 // f(the arithmetic of a product of T), chosen before the launch.
 template <class T, class F>
 const char* with_op_of_launch(bool tf32, F f) {

@@ -43,11 +43,14 @@ int parts_of(const Sizes& s) {
   return static_cast<int>(std::min<int64_t>((s.B + images - 1) / images, kMostParts));
 }
 
-// The forward's layout with more room per image: dout behind z; probabilities and dlogits behind q, k and v. y
-// lies in the place of the latter until it has masked dout.
+// dlogits lie in the place of v where they fit there.
+__host__ __device__ bool replaces_values(const Sizes& s) { return padded(s.P) >= padded(s.N); }
+
+// The forward's layout with more room per image: dout behind z; probabilities and, if need be, dlogits behind
+// q, k and v. y lies in the place of q, k and v until it has masked dout.
 __host__ __device__ ShortLayout layout_of(const Sizes& s, bool channels_last, int images) {
   ShortLayout layout(s, channels_last, images, kWarps);
-  const int logits = 2 * padded(s.N) * row_distance(s.N);
+  const int logits = (replaces_values(s) ? 1 : 2) * padded(s.N) * row_distance(s.N);
   layout.qkv_values =
       layout.qkv_values + logits > layout.z_values ? layout.qkv_values + logits : layout.z_values;
   layout.z_values *= 2;
@@ -67,7 +70,7 @@ struct Backward {
   const Group group;
   const ShortMemory<T> m;
   T *const dout, *const probabilities, *const dlogits;
-  const int outputs, tokens, ld_logits;
+  const int outputs, tokens, ld_probabilities, ld_dlogits;
 
   __device__ Backward(const ShsaBackwardParams& p, const ShsaForwardParams& forward, const ShortLayout& layout)
       : p(p),
@@ -78,10 +81,11 @@ struct Backward {
         m(s, layout, ptx::shared_memory<T>(), group.index),
         dout(m.z + layout.z_values / 2),
         probabilities(m.qkv + padded(s.N) * layout.ld_qkv),
-        dlogits(probabilities + padded(s.N) * row_distance(s.N)),
+        dlogits(replaces_values(s) ? m.qkv + 2 * layout.D : probabilities + padded(s.N) * row_distance(s.N)),
         outputs(2 * s.D + s.P),
         tokens(padded(s.N)),
-        ld_logits(row_distance(s.N)) {}
+        ld_probabilities(row_distance(s.N)),
+        ld_dlogits(replaces_values(s) ? layout.ld_qkv : row_distance(s.N)) {}
 
   // f(tile, images, channels of an image) of x1, dy and y.
   template <class F>
@@ -126,16 +130,18 @@ struct Backward {
     __syncthreads();
   }
 
-  // probabilities and dlogits [queries, keys] of a warp's 16 queries, zero in the padding.
+  // probabilities and dlogits [queries, keys] of a warp's 16 queries, zero in the padding. All threads must
+  // call it.
   template <class Op>
-  __device__ void differentiate_softmax(int row) const {
-    const T* v = m.qkv + 2 * layout.D;
+  __device__ void differentiate_softmax(int row, bool works) const {
+    const KContiguous<T> v = {m.qkv + 2 * layout.D, layout.ld_qkv};
     const int pairs = tokens / kTile;
     Sums<kKeyPairs> weights, gradients;
-    logits_of_block<Op>(weights, forward, layout, m, row, 0);
     clear<kKeyPairs>(gradients);
-    product<Op, kKeyPairs>(gradients, OverChannels{dout, layout.ld_z}, row, KContiguous<T>{v, layout.ld_qkv}, 0,
-                           layout.P, pairs);
+    if (works) product<Op, kKeyPairs>(gradients, OverChannels{dout, layout.ld_z}, row, v, 0, layout.P, pairs);
+    __syncthreads();  // v has been read
+    if (!works) return;
+    logits_of_block<Op>(weights, forward, layout, m, row, 0);
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
     raise(row_max, weights);
     for (float& highest : row_max) highest = row_max_of_lanes(highest);
@@ -161,7 +167,7 @@ struct Backward {
     for_each_pair<kKeyPairs>(
         weights,
         [&](int i, int column, float first, float second) {
-          store_pair(probabilities + (row + i) * ld_logits + column, weight_at(i, column, first),
+          store_pair(probabilities + (row + i) * ld_probabilities + column, weight_at(i, column, first),
                      weight_at(i, column + 1, second));
         },
         pairs);
@@ -178,7 +184,7 @@ struct Backward {
     for_each_pair<kKeyPairs>(
         gradients,
         [&](int i, int column, float first, float second) {
-          store_pair(dlogits + (row + i) * ld_logits + column, first, second);
+          store_pair(dlogits + (row + i) * ld_dlogits + column, first, second);
         },
         pairs);
   }
@@ -208,22 +214,21 @@ struct Backward {
     const int ld = layout.ld_qkv, query_pairs = layout.D / kTile, value_pairs = layout.P / kTile;
     Sums<kQueryPairs> dq, dk;
     if (works) {
-      for (int first = 0; first < value_pairs; first += kColumnPairs) {
-        const int here = min(kColumnPairs, value_pairs - first);
-        Sums<kColumnPairs> dv;
-        over_tokens<Op, kColumnPairs>(dv, KStrided<T>{probabilities, ld_logits}, row,
-                                      OverTokens{dout, layout.ld_z}, first, here);
-        store_dqkv(dv, row, 2 * layout.D + first * kTile, here);
-      }
-      over_tokens<Op, kQueryPairs>(dq, KContiguous<T>{dlogits, ld_logits}, row, KStrided<T>{k, ld}, 0,
+      over_tokens<Op, kQueryPairs>(dq, KContiguous<T>{dlogits, ld_dlogits}, row, KStrided<T>{k, ld}, 0,
                                    query_pairs);
-      over_tokens<Op, kQueryPairs>(dk, KStrided<T>{dlogits, ld_logits}, row, KStrided<T>{q, ld}, 0,
+      over_tokens<Op, kQueryPairs>(dk, KStrided<T>{dlogits, ld_dlogits}, row, KStrided<T>{q, ld}, 0,
                                    query_pairs);
     }
     __syncthreads();
-    if (works) {
-      store_dqkv(dq, row, 0, query_pairs);
-      store_dqkv(dk, row, layout.D, query_pairs);
+    if (!works) return;
+    store_dqkv(dq, row, 0, query_pairs);
+    store_dqkv(dk, row, layout.D, query_pairs);
+    for (int first = 0; first < value_pairs; first += kColumnPairs) {
+      const int here = min(kColumnPairs, value_pairs - first);
+      Sums<kColumnPairs> dv;
+      over_tokens<Op, kColumnPairs>(dv, KStrided<T>{probabilities, ld_probabilities}, row,
+                                    OverTokens{dout, layout.ld_z}, first, here);
+      store_dqkv(dv, row, 2 * layout.D + first * kTile, here);
     }
   }
 
@@ -318,7 +323,7 @@ struct Backward {
     const bool works = row < tokens;
     recompute(image);
     with_op<T>(p.precision.tf32_attn, [&](auto op) {
-      if (works) differentiate_softmax<decltype(op)>(row);
+      differentiate_softmax<decltype(op)>(row, works);
       if (p.bn_mean) scale_projection();
       __syncthreads();
       differentiate_attention<decltype(op)>(row, works);
@@ -332,8 +337,9 @@ struct Backward {
   }
 };
 
+// Two blocks on a multiprocessor: without a number the compiler keeps to fewer registers, and spills.
 template <bool ChannelsLast, class T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     shsa_backward_kernel(ShsaBackwardParams p, ShsaForwardParams forward, Grid grid) {
   const Sizes& s = p.sizes;
   if (blockIdx.x >= grid.parts) {

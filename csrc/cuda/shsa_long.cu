@@ -34,7 +34,11 @@ __global__ void __launch_bounds__(kStageThreads, 4)
 // ---------------------------------------------------------------------------------------------------------------
 // Attention
 
-constexpr int kMostKeys = 64, kMostSteps = kMostKeys / kTile, kWarpsOfShare = 4;
+constexpr int kMostKeys = 64, kWarpsOfShare = 4;
+
+// Tiles of 16 keys whose logits a warp has at a time; float32 takes more instructions for each.
+template <class Op>
+constexpr int kStepsOf = Op::kStep == kTile ? 4 : 2;
 
 // A block attends for `rows` queries, a tile of `keys` at a time. Its warps stand in rows / 16 by key_groups,
 // which share the keys of a tile, by the kernel's Shares, which share the columns of the output.
@@ -75,8 +79,10 @@ struct Tiling {
 
 // Two rows of a lane's queries, g and g + 8: what an online softmax carries from tile to tile. The sum is over
 // the lane's own keys.
-template <int Pairs>
+template <class Op, int Pairs>
 struct Attending {
+  static constexpr int kSteps = kStepsOf<Op>;
+
   float row_max[2], row_sum[2];
   Sums<Pairs> out;
 
@@ -90,7 +96,7 @@ struct Attending {
   }
 
   __device__ __forceinline__ void rescale(int half, float highest) {
-    const float factor = ptx::exp2_approx((row_max[half] - shift_of(highest)) * kLog2E);
+    const float factor = exponential<Op>(row_max[half] - shift_of(highest));
     row_max[half] = highest;
     row_sum[half] *= factor;
 #pragma unroll
@@ -101,18 +107,18 @@ struct Attending {
   }
 
   // Logits q^T k of `keys` keys, in `steps` tiles of 16, become exp(scale * logit - row_max).
-  __device__ __forceinline__ void update(Sums<kMostSteps>& logits, int keys, int steps, float scale) {
+  __device__ __forceinline__ void update(Sums<kSteps>& logits, int keys, int steps, float scale) {
     const int t = lane_index() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float highest = row_max[half];
 #pragma unroll
-      for (int j = 0; j < 2 * kMostSteps; ++j) {
+      for (int j = 0; j < 2 * kSteps; ++j) {
         if (j < 2 * steps) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& logit = logits[j][2 * half + i];
-            logit = 8 * j + 2 * t + i < keys ? logit * scale : -INFINITY;
+            logit = 8 * j + 2 * t + i < keys ? __fmul_rn(logit, scale) : -INFINITY;
             highest = ptx::max_nan(highest, logit);
           }
         }
@@ -122,17 +128,42 @@ struct Attending {
       const float shift = shift_of(highest);
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 2 * kMostSteps; ++j) {
+      for (int j = 0; j < 2 * kSteps; ++j) {
         if (j < 2 * steps) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& logit = logits[j][2 * half + i];
-            logit = ptx::exp2_approx((logit - shift) * kLog2E);
+            logit = exponential<Op>(logit - shift);
             sum += logit;
           }
         }
       }
       row_sum[half] += sum;
+    }
+  }
+
+  // out += probabilities times values, of the first `pairs` of 16 columns. Float sums the keys at hand first: a
+  // chain of sums over all keys would round more than eager, which the backward takes for a gradient of every
+  // logit.
+  template <class Matrix>
+  __device__ __forceinline__ void add(const Sums<kSteps>& probabilities, Matrix values, int column, int steps,
+                                      int pairs) {
+    if constexpr (std::is_same_v<Op, Float>) {
+#pragma unroll
+      for (int pair = 0; pair < Pairs; ++pair) {
+        if (pair < pairs) {
+          Sums<1> part;
+          clear<1>(part);
+          product_of_sums<Op, 1, kSteps>(part, probabilities, values, column + pair * kTile, steps);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            out[2 * pair][i] += part[0][i];
+            out[2 * pair + 1][i] += part[1][i];
+          }
+        }
+      }
+    } else {
+      product_of_sums<Op, Pairs, kSteps>(out, probabilities, values, column, steps, pairs);
     }
   }
 
@@ -157,7 +188,7 @@ struct Attending {
     for (int half = 0; half < 2; ++half) {
       const float other = from[half * kStride];
       rescale(half, ptx::max_nan(row_max[half], other));
-      const float factor = ptx::exp2_approx((other - shift_of(row_max[half])) * kLog2E);
+      const float factor = exponential<Op>(other - shift_of(row_max[half]));
       row_sum[half] += from[(2 + half) * kStride] * factor;
 #pragma unroll
       for (int j = 0; j < 2 * Pairs; ++j)
@@ -182,6 +213,7 @@ __device__ void copy_rest(const ShsaForwardParams& p, int64_t block) {
 template <class Op, int Pairs, int Shares, class T>
 __global__ void __launch_bounds__(kWarpsOfShare * Shares * kWarp, Shares == 1 ? 3 : 1)
     attention_kernel(ShsaForwardParams p, Tiling tiling, Staged<const T> staged) {
+  constexpr int kSteps = kStepsOf<Op>;
   const Sizes& s = p.sizes;
   if (blockIdx.x >= tiling.blocks) {
     const int64_t block = blockIdx.x - tiling.blocks;
@@ -216,24 +248,25 @@ __global__ void __launch_bounds__(kWarpsOfShare * Shares * kWarp, Shares == 1 ? 
   const int column = share * pairs_of_share * kTile;
   const int pairs = min(pairs_of_share, value_pairs - share * pairs_of_share);
 
-  Attending<Pairs> attending;
+  Attending<Op, Pairs> attending;
   attending.start();
   for (int tile = 0; tile < tiles; ++tile) {
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (tiling.stages == 2 && tile + 1 < tiles) load_tile(tile + 1);
-    const T* k = tile_memory + tile % tiling.stages * tiling.tile_values + first_key * tiling.ld_kv;
-    const T* v = k + staging.D;
-    const int keys = min(keys_of_group, s.N - tile * tiling.keys - first_key);
-    if (keys > 0) {
+    const T* tile_rows = tile_memory + tile % tiling.stages * tiling.tile_values;
+#pragma unroll 1
+    for (int first = first_key; first < first_key + keys_of_group; first += kSteps * kTile) {
+      const int keys = min(min(kSteps * kTile, keys_of_group), s.N - tile * tiling.keys - first);
+      if (keys <= 0) break;
       const int steps = padded(keys) / kTile;
-      Sums<kMostSteps> logits;
-      clear<kMostSteps>(logits);
-      product<Op, kMostSteps>(logits, KContiguous<T>{q, tiling.ld_q}, row, KContiguous<T>{k, tiling.ld_kv}, 0,
-                              staging.D, steps);
+      const T* k = tile_rows + first * tiling.ld_kv;
+      Sums<kSteps> logits;
+      clear<kSteps>(logits);
+      product<Op, kSteps>(logits, KContiguous<T>{q, tiling.ld_q}, row, KContiguous<T>{k, tiling.ld_kv}, 0,
+                          staging.D, steps);
       attending.update(logits, keys, steps, p.scale);
-      product_of_sums<Op, Pairs, kMostSteps>(attending.out, logits, KStrided<T>{v, tiling.ld_kv}, column, steps,
-                                             pairs);
+      attending.add(logits, KStrided<T>{k + staging.D, tiling.ld_kv}, column, steps, pairs);
     }
     if (tiling.stages == 1 && tile + 1 < tiles) {
       __syncthreads();
@@ -247,7 +280,7 @@ __global__ void __launch_bounds__(kWarpsOfShare * Shares * kWarp, Shares == 1 ? 
     float* saved = reinterpret_cast<float*>(y_tile + tiling.y_values);
     const auto saved_by = [&](int other_group) {
       const int warp = (share * (tiling.key_groups - 1) + other_group - 1) * tiling.row_warps() + row / kTile;
-      return saved + warp * Attending<Pairs>::kFloats * kWarp + lane_index();
+      return saved + warp * Attending<Op, Pairs>::kFloats * kWarp + lane_index();
     };
     if (key_group > 0) attending.save(saved_by(key_group));
     __syncthreads();
@@ -324,7 +357,7 @@ const char* attend(const ShsaForwardParams& p, const Staged<T>& staged, void* st
   dim3 grid;
   const int64_t copying = p.sizes.B * rest_blocks(p.sizes, p.channels_last, sizeof(T));
   if (const char* error = grid_of(tiling.blocks + copying, grid)) return error;
-  const size_t bytes = tiling.shared_bytes(Shares, Attending<Pairs>::kFloats, sizeof(T));
+  const size_t bytes = tiling.shared_bytes(Shares, Attending<Op, Pairs>::kFloats, sizeof(T));
   return launch(attention_kernel<Op, Pairs, Shares, T>, grid, tiling.threads(Shares), bytes, stream, p, tiling,
                 Staged<const T>{staged.q, staged.ld_q, staged.kv, nullptr});
 }

@@ -108,12 +108,15 @@ __device__ void stage_gradient(const ShsaBackwardParams& p, T* qd, QueryStatisti
     });
   }
   if (lane_index() % 4 != lane_index() / 8) return;  // rows g and g + 8 of the diagonal
-  const int odd = lane_index() / 4 % 2;
+  const bool odd = lane_index() / 4 % 2 == 1;
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int token = warp_row + lane_index() / 4 + 8 * half;
     const int64_t from = image * s.N + first_token + token;
     QueryStatistics query = {};
-    if (token < tokens) query = {p.row_max[from], 1.0f / p.row_sum[from], products[half][2 * half + odd], 0.0f};
+    if (token < tokens)
+      query = {p.row_max[from], 1.0f / p.row_sum[from],
+               odd ? products[half][2 * half + 1] : products[half][2 * half], 0.0f};
     statistics[first_row + token] = query;
   }
 }
@@ -181,13 +184,16 @@ struct Tiling {
   }
 };
 
-constexpr int kSteps = 2;  // tiles of 16 others whose logits a warp has at a time
+// Tiles of 16 others whose logits a warp has at a time; float32 takes more instructions for each.
+template <class Op>
+constexpr int kStepsOf = Op::kStep == kTile ? 2 : 1;
 
 // The tokens of a block, keys or queries, and their sums; QueryPairs and ValuePairs are tiles of 16 columns of
 // dk or dq and of dv.
 template <class Op, bool OwnKeys, int QueryPairs, int ValuePairs, int Shares, class T>
 __device__ void attend(const ShsaBackwardParams& p, const Tiling& tiling, const BackwardWorkspace<T>& w,
                        int64_t block) {
+  constexpr int kSteps = kStepsOf<Op>;
   const Sizes& s = p.sizes;
   const Staging staging(s);
   const Group group = whole_block();
@@ -239,6 +245,7 @@ __device__ void attend(const ShsaBackwardParams& p, const Tiling& tiling, const 
     __syncthreads();
     if (tiling.stages == 2 && tile + 1 < tiles) load_tile(tile + 1);
     const int stage = tile % tiling.stages;
+#pragma unroll 1
     for (int first = first_other; first < first_other + others_of_group; first += kSteps * kTile) {
       const int others = min(min(kSteps * kTile, others_of_group), s.N - tile * tiling.others - first);
       if (others <= 0) break;
@@ -259,8 +266,9 @@ __device__ void attend(const ShsaBackwardParams& p, const Tiling& tiling, const 
           for (int i = 0; i < 4; ++i) {
             const int column = 8 * j + 2 * (lane_index() % 4) + i % 2;
             const QueryStatistics query = OwnKeys ? of_columns[column] : of_rows[i / 2];
-            const float probability =
-                ptx::exp2_approx((a[j][i] * p.scale - query.row_max) * kLog2E) * query.inverse_sum;
+            // Rounded as in the forward: fused with the subtraction, the probabilities would not add up to 1.
+            const float logit = __fmul_rn(a[j][i], p.scale);
+            const float probability = exponential<Op>(logit - query.row_max) * query.inverse_sum;
             a[j][i] = column < others ? probability : 0.0f;
             dl[j][i] = column < others ? probability * (dl[j][i] - query.delta) : 0.0f;
           }
@@ -480,8 +488,9 @@ __device__ void weight_gradient(const ShsaBackwardParams& p, const ProjectionTil
   if (output >= 0) p.dbias_parts[static_cast<int64_t>(part) * all_outputs + output] = bias;
 }
 
+// Three blocks on a multiprocessor: without a number the compiler keeps to fewer registers, and spills.
 template <class Op, class T>
-__global__ void __launch_bounds__(kProjectionThreads)
+__global__ void __launch_bounds__(kProjectionThreads, 3)
     projection_kernel(ShsaForwardParams forward, ShsaBackwardParams p, ProjectionTiling tiling,
                       BackwardWorkspace<T> w) {
   if (blockIdx.x < tiling.input_blocks) {

@@ -235,13 +235,14 @@ struct Float {
     }
     return f;
   }
+  // A step is summed for itself: sums of sums round less than one long chain.
   static __device__ __forceinline__ void multiply(float (&sum)[4], const Left& a, const Right& b, int half) {
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) {
-      sum[0] = fmaf(a.r[0][j], b.r[j][2 * half], sum[0]);
-      sum[1] = fmaf(a.r[0][j], b.r[j][2 * half + 1], sum[1]);
-      sum[2] = fmaf(a.r[1][j], b.r[j][2 * half], sum[2]);
-      sum[3] = fmaf(a.r[1][j], b.r[j][2 * half + 1], sum[3]);
+    for (int i = 0; i < 4; ++i) {
+      float part = a.r[i / 2][0] * b.r[0][2 * half + i % 2];
+#pragma unroll
+      for (int j = 1; j < kStep; ++j) part = fmaf(a.r[i / 2][j], b.r[j][2 * half + i % 2], part);
+      sum[i] += part;
     }
   }
 };
