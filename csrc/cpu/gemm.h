@@ -24,14 +24,27 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// finish(row, vector, values) for each vector of the tile. A function of its own, so that nothing else takes
-// registers from the sums.
+// Lines of memory that a later tile will read, fetched one at each step of K.
+template <class T>
+struct Ahead {
+  const T* data;
+  int64_t step;
+};
+
+// finish(row, vector, values) for each vector of the tile; where it streams, finish.expect(row, vector) before.
+// A function of its own, so that nothing else takes registers from the sums.
 template <class T, int VB, int MR, int NV, class Finish>
-__attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+__attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
+                                         Finish finish) {
   using V = Vec<T, VB>;
+  if constexpr (Finish::kStreams) {
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NV; ++j) finish.expect(i, j);
+  }
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
   for (int64_t k = 0; k < K; ++k, ak += a.col_stride, bk += b.row_stride) {
+    if constexpr (Finish::kStreams) __builtin_prefetch(ahead.data + k * ahead.step);
     V row[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
@@ -59,26 +72,42 @@ constexpr int kTileRows = SHVIT_REGISTER_BYTES / VB >= 28   ? 12
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, class Finish>
-SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
+                               Finish finish) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, ahead, finish);
       return;
     }
   }
-  gemm_tile<T, VB, MR, NV>(K, a, b, finish);
+  gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
 }
 
+// A finish whose rows count from `first`.
+template <class Finish>
+struct RowsFrom {
+  static constexpr bool kStreams = Finish::kStreams;
+  Finish finish;
+  int64_t first;
+
+  template <class V>
+  SHVIT_INLINE void operator()(int64_t i, int j, V acc) const {
+    finish(first + i, j, acc);
+  }
+  SHVIT_INLINE void expect(int64_t i, int j) const { finish.expect(first + i, j); }
+};
+
 // All rows of C in NV vectors of its columns, in tiles of nearly equal height: short tiles wait for their sums.
-template <class T, int VB, int NV, class Finish>
-SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+// ahead(tile, tiles, next row) says what each tile fetches.
+template <class T, int VB, int NV, class Finish, class Fetch>
+SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish,
+                              Fetch ahead) {
   constexpr int MR = kTileRows<VB>;
   const int64_t tiles = (M + MR - 1) / MR;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = M * tile / tiles, rows = M * (tile + 1) / tiles - first;
-    gemm_tile_of<T, VB, NV, MR>(rows, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
-                                [&](int64_t i, int j, Vec<T, VB> acc)
-                                    SHVIT_INLINE_LAMBDA { finish(first + i, j, acc); });
+    const int64_t first = M * tile / tiles, end = M * (tile + 1) / tiles;
+    gemm_tile_of<T, VB, NV, MR>(end - first, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
+                                ahead(tile, tiles, end), RowsFrom<Finish>{finish, first});
   }
 }
 
@@ -90,28 +119,41 @@ constexpr int kColumnStep = VB > 16 ? kLanes<T, VB> / 2 : kLanes<T, VB>;
 constexpr int64_t kDepth = 48;
 SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth; }
 
+// Into a panel in cache, from `c` on.
+template <class T, int VB>
+struct PanelFinish {
+  static constexpr bool kStreams = false;
+  T* c;
+  int64_t ldc;
+  Init init;
+  const T* bias;
+
+  SHVIT_INLINE void operator()(int64_t i, int j, Vec<T, VB> acc) const {
+    using V = Vec<T, VB>;
+    T* p = c + i * ldc + j * kLanes<T, VB>;
+    const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
+    store(p, start + acc);
+  }
+};
+
 template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
                                           int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
-  const auto column = [&](auto vector, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
-    using V = decltype(vector);
-    constexpr int kWidth = sizeof(V) / sizeof(T);
-    gemm_column<T, sizeof(V), decltype(count)::value>(
-        M, K, a, {b + n, ldb, kWidth}, [&](int64_t i, int j, V acc) SHVIT_INLINE_LAMBDA {
-          T* p = c + i * ldc + n + j * kWidth;
-          const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
-          store(p, start + acc);
-        });
+  const auto nothing = [](int64_t, int64_t, int64_t) SHVIT_INLINE_LAMBDA { return Ahead<T>{}; };
+  const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    constexpr int kBytes = decltype(bytes)::value;
+    gemm_column<T, kBytes, decltype(count)::value>(M, K, a, {b + n, ldb, kLanes<T, kBytes>},
+                                                   PanelFinish<T, kBytes>{c + n, ldc, init, bias}, nothing);
   };
   int64_t n = 0;
-  for (; N - n > 2 * W - kStep; n += 2 * W) column(Vec<T, VB>{}, Count<2>{}, n);
+  for (; N - n > 2 * W - kStep; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
   if (N - n > W - kStep) {
-    column(Vec<T, VB>{}, Count<1>{}, n);
+    column(Count<VB>{}, Count<1>{}, n);
     n += W;
   }
   if constexpr (kStep < W) {
-    if (N > n) column(Vec<T, VB / 2>{}, Count<1>{}, n);
+    if (N > n) column(Count<VB / 2>{}, Count<1>{}, n);
   }
 }
 
@@ -130,17 +172,41 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t 
 // Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
 constexpr int64_t kPanel = 16;
 
+// A finish whose vectors count from column `n`.
+template <class Finish, int W>
+struct ColumnsFrom {
+  static constexpr bool kStreams = Finish::kStreams;
+  Finish finish;
+  int64_t n;
+
+  template <class V>
+  SHVIT_INLINE void operator()(int64_t row, int j, V acc) const {
+    finish(row, n + j * W, acc);
+  }
+  SHVIT_INLINE void expect(int64_t row, int j) const { finish.expect(row, n + j * W); }
+};
+
 // A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N):
 // finish(row, column, values). Sums over K stay in one register.
+//
+// The processor does not fetch across pages by itself, so tiles do: in the first columns the rows of A that the
+// next tile reads, and the last tiles of any columns the panels that come next.
 template <class T, int VB, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
                               int64_t end, Finish finish) {
   constexpr int W = kLanes<T, VB>;
   const auto columns = [&](auto count, int64_t n) SHVIT_INLINE_LAMBDA {
-    const T* b = packed + n / kPanel * K * kPanel + n % kPanel;
-    gemm_column<T, VB, decltype(count)::value>(M, K, a, {b, kPanel, W < kPanel ? W : K * kPanel},
-                                               [&](int64_t i, int j, Vec<T, VB> acc)
-                                                   SHVIT_INLINE_LAMBDA { finish(i, n + j * W, acc); });
+    constexpr int NV = decltype(count)::value;
+    const T* panel = packed + n / kPanel * K * kPanel;
+    const T* next = panel + (NV * W + kPanel - 1) / kPanel * K * kPanel;
+    const auto ahead = [&](int64_t tile, int64_t tiles, int64_t row) SHVIT_INLINE_LAMBDA -> Ahead<T> {
+      const int64_t later = tiles - 1 - tile;
+      if (later < NV) return {next + later * K * kPanel, kPanel};
+      if (n == begin) return {a.data + row * a.row_stride, kTileRows<VB> * a.col_stride};
+      return {panel, 0};
+    };
+    gemm_column<T, VB, NV>(M, K, a, {panel + n % kPanel, kPanel, W < kPanel ? W : K * kPanel},
+                           ColumnsFrom<Finish, W>{finish, n}, ahead);
   };
   int64_t n = begin;
   for (; n + W < end; n += 2 * W) columns(Count<2>{}, n);
