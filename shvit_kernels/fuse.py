@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accelerate import is_stock_shsa
 from .backends import eager, fused
+from .backends.fused import Kind
 from .modules import is_plain
 from .ops import pack
 
@@ -32,43 +33,60 @@ class _FusedLayer(_Inference):
         self.eval()
 
 
-class FusedConv3x3(_FusedLayer):
+class FusedLayer(_Inference):
+    """A layer of a sequence: its weights are parameters that ask for no gradient, in the order of the operator."""
+
+    kind: Kind
+
+    def __init__(self, settings: tuple[int, ...] = (), constants: tuple[float, ...] = (), **weights: Tensor):
+        super().__init__()
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+        self.code = [int(self.kind), *map(int, settings), 0, 0, 0][:4]
+        self.constants = list(constants)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.operators(x).sequence(x, list(self._parameters.values()), self.code, self.constants)
+
+
+class FusedConv3x3(FusedLayer):
     """3x3 convolution with stride 2, batch normalisation and ReLU."""
 
+    kind = Kind.CONV3X3
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
-        super().__init__(weight=pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).conv3x3(x, self.weight, self.bias, self.relu)
+        super().__init__((relu,), weight=pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
 
 
-class FusedDepthwise(_FusedLayer):
+class FusedDepthwise(FusedLayer):
     """Depthwise 3x3 convolution with batch normalisation and the residual around it."""
 
+    kind = Kind.DEPTHWISE
+
     def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__(weight=_taps(weight), bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).depthwise(x, self.weight, self.bias, 1, False)
+        super().__init__((1, False), weight=_taps(weight), bias=bias)
 
 
-class FusedFFN(_FusedLayer):
+class FusedFFN(FusedLayer):
     """``x + pw2(relu(pw1(x)))`` with batch normalisation."""
+
+    kind = Kind.FFN
 
     def __init__(self, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor):
         super().__init__(weight1=_packed(weight1), bias1=bias1, weight2=_packed(weight2), bias2=bias2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).ffn(x, self.weight1, self.bias1, self.weight2, self.bias2)
 
-
-class FusedMixer(_FusedLayer):
+class FusedMixer(FusedLayer):
     """``x + SHSA(x)`` with batch normalisation."""
+
+    kind = Kind.MIXER
 
     def __init__(self, layer: nn.Module, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]):
         norm = layer.pre_norm
         super().__init__(
+            (layer.qk_dim,),
+            (norm.eps, layer.scale),
             norm_weight=norm.weight.clone(),
             norm_bias=norm.bias.clone(),
             qkv_weight=qkv[0].flatten(1),
@@ -76,25 +94,12 @@ class FusedMixer(_FusedLayer):
             weight=_packed(proj[0]),
             bias=proj[1],
         )
-        self.norm_eps, self.qk_dim, self.scale = norm.eps, layer.qk_dim, layer.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).mixer(
-            x,
-            self.norm_weight,
-            self.norm_bias,
-            self.qkv_weight,
-            self.qkv_bias,
-            self.weight,
-            self.bias,
-            self.qk_dim,
-            self.norm_eps,
-            self.scale,
-        )
 
 
-class FusedPatchMerging(_FusedLayer):
+class FusedPatchMerging(FusedLayer):
     """Patch merging with squeeze-and-excitation, whose gate scales the input of the last convolution."""
+
+    kind = Kind.PATCH_MERGING
 
     def __init__(
         self,
@@ -104,25 +109,36 @@ class FusedPatchMerging(_FusedLayer):
         fc2: tuple[Tensor, Tensor],
         conv3: tuple[Tensor, Tensor],
     ):
-        weights = {"conv2_weight": _taps(conv2[0]), "conv2_bias": conv2[1]}
-        for name, (weight, bias) in {"conv1": conv1, "fc1": fc1, "fc2": fc2, "conv3": conv3}.items():
-            weights |= {f"{name}_weight": _packed(weight), f"{name}_bias": bias}
+        weights = {}
+        for name, (weight, bias) in {"conv1": conv1, "conv2": conv2, "fc1": fc1, "fc2": fc2, "conv3": conv3}.items():
+            weights[f"{name}_weight"] = _taps(weight) if name == "conv2" else _packed(weight)
+            weights[f"{name}_bias"] = bias
         super().__init__(**weights)
 
+
+class FusedSequence(_Inference):
+    """Layers one after the other as one operator; their number is all that a call costs beside their arithmetic."""
+
+    def __init__(self, *layers: FusedLayer):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.code = [number for layer in layers for number in layer.code]
+        self.constants = [value for layer in layers for value in layer.constants]
+        self.eval()
+
     def forward(self, x: Tensor) -> Tensor:
-        f = fused.operators(x)
-        x = f.pointwise(x, None, self.conv1_weight, self.conv1_bias, True)
-        x = f.depthwise(x, self.conv2_weight, self.conv2_bias, 2, True)
-        gate = f.pointwise(f.pool(x)[:, :, None, None], None, self.fc1_weight, self.fc1_bias, True)
-        gate = f.pointwise(gate, None, self.fc2_weight, self.fc2_bias, False).sigmoid()
-        return f.pointwise(x, gate.flatten(1), self.conv3_weight, self.conv3_bias, False)
+        weights = [t for layer in self.layers for t in layer._parameters.values()]
+        return fused.operators(x).sequence(x, weights, self.code, self.constants)
 
 
-class FusedLinear(_FusedLayer):
+class FusedLinear(_Inference):
     """A linear layer with batch normalisation before it."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__(weight=pack(weight), bias=bias)
+        super().__init__()
+        self.weight = nn.Parameter(pack(weight), requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.operators(x).pointwise(x[:, :, None, None], None, self.weight, self.bias, False).flatten(1)
@@ -265,7 +281,7 @@ def _stem(module: nn.Module) -> nn.Module | None:
         relu = bool(rest) and _is_relu(rest[0])
         rest = rest[relu:]
         layers.append(FusedConv3x3(*conv, relu))
-    return nn.Sequential(*layers) if layers else None
+    return FusedSequence(*layers) if layers else None
 
 
 def _norm_linear(module: nn.Module) -> nn.Module | None:
@@ -295,18 +311,37 @@ _RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
 )
 
 
-def _replace(module: nn.Module, done: dict[int, nn.Module | None]) -> nn.Module | None:
-    """What replaces a module, or None where its own forward stays; its children are then replaced in place."""
+def _layers(module: nn.Module) -> list[FusedLayer] | None:
+    """The fused layers that a module runs one after the other, none for an identity; None if it does anything else."""
+    if isinstance(module, FusedLayer):
+        return [module]
+    if isinstance(module, FusedSequence):
+        return list(module.layers)
+    if type(module) is nn.Identity and is_plain(module):
+        return []
+    blocks = {"BasicBlock": ("conv", "mixer", "ffn"), "StageBlock": ("downsample", "blocks")}
+    order = blocks.get(type(module).__name__)
+    if type(module) is nn.Sequential:
+        order = tuple(module._modules)
+    if order is None or set(order) != set(module._modules) or not is_plain(module):
+        return None
+    found = [_layers(module._modules[name]) for name in order]
+    return None if None in found else [layer for layers in found for layer in layers]
+
+
+def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """What takes the place of a module: itself, its children replaced, where its own forward stays."""
     if id(module) in done:
         return done[id(module)]
     replacement = next(filter(None, (recognise(module) for recognise in _RECOGNISED)), None)
-    done[id(module)] = replacement
     if replacement is None:
-        for name, child in list(module._modules.items()):
-            if child is not None:
-                fused_child = _replace(child, done)
-                if fused_child is not None:
-                    module._modules[name] = fused_child
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        of_stages = any(type(child).__name__ == "StageBlock" for child in children.values())
+        for name, child in children.items():
+            module._modules[name] = _replace(child, done)
+        layers = None if of_stages else _layers(module)  # models take the stages out of their sequence
+        replacement = FusedSequence(*layers) if layers else module
+    done[id(module)] = replacement
     return replacement
 
 
@@ -349,8 +384,7 @@ def fuse(model: nn.Module) -> FusedModel:
     if isinstance(model, FusedModel):
         return copy.deepcopy(model)
     model = copy.deepcopy(model).eval()
-    done: dict[int, nn.Module | None] = {}
-    model = _replace(model, done) or model
-    if not any(done.values()):
+    model = _replace(model, {})
+    if not any(isinstance(module, (FusedLayer, FusedLinear)) for module in model.modules()):
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
     return FusedModel(model)

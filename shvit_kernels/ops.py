@@ -10,8 +10,8 @@ X there are
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
 
 and the operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
-fused_mixer, fused_pool. These take channels_last images and packed weights, in float32; ``backends.fused`` says what
-each computes.
+fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images and packed weights, in
+float32; ``backends.fused`` says what each computes.
 
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
@@ -59,6 +59,7 @@ _FUSED_SCHEMAS = (
     f"fused_mixer(Tensor x, {_NORM}, {_QKV}, Tensor weight, Tensor bias, int qk_dim, float norm_eps, float scale)"
     " -> Tensor",
     "fused_pool(Tensor x) -> Tensor",
+    "fused_sequence(Tensor x, Tensor[] weights, int[] layers, float[] constants) -> Tensor",
 )
 
 _library = torch.library.Library("shvit_kernels", "DEF")
@@ -163,6 +164,20 @@ def _empty_rows(like: Tensor, channels: int, stride: int = 1) -> Tensor:
     return like.new_empty(B, (H + stride - 1) // stride, (W + stride - 1) // stride, channels).permute(0, 3, 1, 2)
 
 
+WEIGHTS_OF_LAYER = (2, 2, 4, 6, 10)
+"""Of each kind of layer in a sequence: conv3x3, depthwise, FFN, mixer, patch merging."""
+
+
+def _fake_sequence(x, weights, layers, constants):
+    """The width is that of the last bias, and some kinds of layer halve the sides."""
+    weights = list(weights)
+    for kind, *settings in zip(*[iter(layers)] * 4, strict=True):
+        own, weights = weights[: WEIGHTS_OF_LAYER[kind]], weights[WEIGHTS_OF_LAYER[kind] :]
+        halves = kind in (0, 4) or (kind == 1 and settings[0] == 2)
+        x = _empty_rows(x, own[-1].shape[0], 2 if halves else 1)
+    return x
+
+
 _FUSED_FAKES = {
     "fused_conv3x3": lambda x, weight, bias, relu: _empty_rows(x, bias.shape[0], 2),
     "fused_depthwise": lambda x, weight, bias, stride, relu: _empty_rows(x, x.shape[1], stride),
@@ -170,6 +185,7 @@ _FUSED_FAKES = {
     "fused_ffn": lambda x, *rest: _empty_rows(x, x.shape[1]),
     "fused_mixer": lambda x, *rest: _empty_rows(x, x.shape[1]),
     "fused_pool": lambda x: x.new_empty(x.shape[:2]),
+    "fused_sequence": _fake_sequence,
 }
 
 _FAKES = {

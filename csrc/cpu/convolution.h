@@ -58,7 +58,7 @@ struct Conv3x3 {
         a.channels_last ? MatrixView<float>{patches, ld(a), 1} : MatrixView<float>{patches, 1, ld(a)};
     float* y = a.y + (image * pixels(a) + first) * a.outputs;
     linear_rows<VB>(end - first, depth(a), view, a.weight, 0, a.outputs,
-                    {a.bias, nullptr, y, a.outputs, a.outputs, a.relu});
+                    {a.bias, nullptr, y, a.outputs, a.outputs, a.relu ? Activation::kRelu : Activation::kNone});
   }
 
   static void gather_pixels(const Params& a, const float* x, int64_t row, int64_t column, int64_t count,

@@ -1,5 +1,14 @@
 // The operators of fused models (shvit_kernels/ops.py) for CPU tensors: float32, channels side by side, packed
 // weights.
+//
+// A step is one layer from memory to memory. It checks its weights and says what image it makes; with a null
+// result it does no more, so that memory can be found first.
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "../tensors.h"
 #include "run.h"
@@ -12,144 +21,348 @@ const FusedKernels& kernels() { return current_variant().load()->fused; }
 
 constexpr int64_t kPanel = 16;
 
+// Images [B, C, H, W] whose memory is [B, H, W, C].
+struct Shape {
+  int64_t B, C, H, W;
+  int64_t floats() const { return B * C * H * W; }
+};
+
+struct Image {
+  Shape shape;
+  const float* data;
+  bool channels_last = true;
+};
+
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-void check_float(const char* name, const Tensor& t) {
+// A contiguous float32 parameter.
+const float* parameter(const char* name, const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == count, name, " must have ", count,
+                  " contiguous values, got ", t.numel());
+  return floats(t);
 }
-
-// Images [B, C, H, W] whose memory is [B, H, W, C].
-struct Images {
-  int64_t B, C, H, W;
-
-  explicit Images(const Tensor& x, bool any_order = false) {
-    check_float("x", x);
-    STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W], got ", x.dim(), " dimensions");
-    B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-    STD_TORCH_CHECK(C * H * W > 0, "x must have a channel and a pixel");
-    if (any_order && x.is_contiguous()) return;
-    int64_t expected = 1;
-    for (const int d : {1, 3, 2, 0}) {
-      STD_TORCH_CHECK(x.size(d) == 1 || x.stride(d) == expected, "x must be channels_last");
-      expected *= x.size(d);
-    }
-  }
-};
 
 // Packed weights [ceil(outputs / 16), inputs, 16] and their bias [outputs].
 struct Packed {
-  const float *weight, *bias;
   int64_t outputs;
+  const float *weight, *bias;
 
-  Packed(const Tensor& w, const Tensor& b, int64_t inputs)
-      : weight(floats(w)), bias(floats(b)), outputs(b.numel()) {
-    check_float("weight", w);
-    check_float("bias", b);
-    STD_TORCH_CHECK(w.is_contiguous() && b.is_contiguous(), "weight and bias must be contiguous");
+  Packed(const Tensor& w, const Tensor& b, int64_t inputs) : outputs(b.numel()) {
     STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == (outputs + kPanel - 1) / kPanel && w.size(1) == inputs &&
                         w.size(2) == kPanel && outputs > 0,
                     "weight must be packed from [", outputs, ", ", inputs, "]");
+    weight = parameter("weight", w, w.numel());
+    bias = parameter("bias", b, outputs);
   }
 };
 
-Tensor empty_rows(const Tensor& like, int64_t B, int64_t H, int64_t W, int64_t C) {
-  const Tensor dense = torch::stable::new_empty(like, {B, H, W, C});
+// Memory between the steps of a sequence: pieces of one buffer, only counted where there is none.
+class Buffers {
+ public:
+  explicit Buffers(char* base) : base_(base) {}
+  float* take(int64_t count) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    most_ = used_ > most_ ? used_ : most_;
+    return reinterpret_cast<float*>(piece);
+  }
+  int64_t used() const { return used_; }
+  void give_back_to(int64_t used) { used_ = used; }
+  int64_t most() const { return most_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0, most_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Steps
+
+Shape conv3x3_step(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
+  const Shape& s = x.shape;
+  const Packed packed(weight, bias, 9 * s.C);
+  if (y) {
+    Conv3x3Params params{s.B,    s.C,           s.H,         s.W, packed.outputs, x.channels_last, relu,
+                         x.data, packed.weight, packed.bias, y,   nullptr};
+    run(kernels().conv3x3, params);
+  }
+  return {s.B, packed.outputs, (s.H + 1) / 2, (s.W + 1) / 2};
+}
+
+Shape depthwise_step(const Image& x, const Tensor& weight, const Tensor& bias, int64_t stride, bool relu,
+                     float* y) {
+  const Shape& s = x.shape;
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  const float *w = parameter("weight", weight, 9 * s.C), *b = parameter("bias", bias, s.C);
+  if (y) {
+    DepthwiseParams params{s.B, s.C, s.H, s.W, stride, relu, x.data, w, b, y, nullptr};
+    run(kernels().depthwise, params);
+  }
+  return {s.B, s.C, (s.H + stride - 1) / stride, (s.W + stride - 1) / stride};
+}
+
+Shape pointwise_step(const Image& x, const float* scale, const Tensor& weight, const Tensor& bias,
+                     Activation activation, float* y) {
+  const Shape& s = x.shape;
+  const Packed packed(weight, bias, s.C);
+  if (y) {
+    PointwiseParams params{s.B,           s.H * s.W,   s.C, packed.outputs, activation, x.data, scale,
+                           packed.weight, packed.bias, y,   nullptr};
+    run(kernels().pointwise, params);
+  }
+  return {s.B, packed.outputs, s.H, s.W};
+}
+
+Shape ffn_step(const Image& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
+               const Tensor& bias2, float* y) {
+  const Shape& s = x.shape;
+  const Packed first(weight1, bias1, s.C), second(weight2, bias2, first.outputs);
+  STD_TORCH_CHECK(second.outputs == s.C, "weight2 must have ", s.C, " outputs, got ", second.outputs);
+  if (y) {
+    FfnParams params{s.B * s.H * s.W, s.C,           first.outputs, x.data, first.weight,
+                     first.bias,      second.weight, second.bias,   y,      nullptr};
+    run(kernels().ffn, params);
+  }
+  return s;
+}
+
+// Tensors: norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias; those of the norm and qkv_bias may be
+// null.
+Shape mixer_step(const Image& x, const Tensor* const tensors[6], int64_t qk_dim, double norm_eps, double scale,
+                 float* y) {
+  const Shape& s = x.shape;
+  const auto [norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias] =
+      std::tie(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5]);
+  STD_TORCH_CHECK(qkv_weight->dim() == 2, "qkv_weight must have 2 dimensions, got ", qkv_weight->dim());
+  const int64_t P = qkv_weight->size(1), O = 2 * qk_dim + P;
+  STD_TORCH_CHECK(P >= 1 && P <= s.C, "pdim must lie between 1 and ", s.C, ", got ", P);
+  const Packed packed(*weight, *bias, s.C);
+  STD_TORCH_CHECK(packed.outputs == s.C, "weight must have ", s.C, " outputs, got ", packed.outputs);
+  ShsaForwardParams attention{};
+  attention.sizes = {s.B, s.C, P, qk_dim, s.H * s.W};
+  attention.channels_last = attention.relu = true;
+  attention.norm_eps = norm_eps;
+  attention.scale = scale;
+  attention.x = x.data;
+  attention.norm_weight = norm_weight ? parameter("norm_weight", *norm_weight, P) : nullptr;
+  attention.norm_bias = norm_bias ? parameter("norm_bias", *norm_bias, P) : nullptr;
+  attention.qkv_weight = parameter("qkv_weight", *qkv_weight, O * P);
+  attention.qkv_bias = qkv_bias ? parameter("qkv_bias", *qkv_bias, O) : nullptr;
+  if (y) {
+    MixerParams params{attention, packed.weight, packed.bias, y, nullptr};
+    run(kernels().mixer, params);
+  }
+  return s;
+}
+
+void pool_step(const Image& x, float* y) {
+  const Shape& s = x.shape;
+  PoolParams params{s.B, s.H * s.W, s.C, x.data, y, nullptr};
+  run(kernels().pool, params);
+}
+
+// Tensors: weight and bias of conv1, conv2, fc1, fc2 and conv3.
+Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffers& buffers, float* y) {
+  const auto& t = tensors;
+  const int64_t before = buffers.used();
+  const Shape wide = pointwise_step(x, nullptr, *t[0], *t[1], Activation::kRelu, nullptr);
+  float* expanded = buffers.take(wide.floats());
+  const Image hidden{wide, expanded};
+  const Shape small = depthwise_step(hidden, *t[2], *t[3], 2, true, nullptr);
+  float *reduced = buffers.take(small.floats()), *means = buffers.take(small.B * small.C),
+        *gate = buffers.take(small.B * small.C);
+  const Image merged{small, reduced}, pooled{{small.B, small.C, 1, 1}, means};
+  const Shape squeezed = pointwise_step(pooled, nullptr, *t[4], *t[5], Activation::kRelu, nullptr);
+  float* narrow = buffers.take(squeezed.floats());
+  const Image bottleneck{squeezed, narrow};
+  const Shape gates = pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, nullptr);
+  STD_TORCH_CHECK(gates.C == small.C, "fc2 must have ", small.C, " outputs, got ", gates.C);
+  if (y) {
+    pointwise_step(x, nullptr, *t[0], *t[1], Activation::kRelu, expanded);
+    depthwise_step(hidden, *t[2], *t[3], 2, true, reduced);
+    pool_step(merged, means);
+    pointwise_step(pooled, nullptr, *t[4], *t[5], Activation::kRelu, narrow);
+    pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, gate);
+  }
+  const Shape out = pointwise_step(merged, gate, *t[8], *t[9], Activation::kNone, y);
+  buffers.give_back_to(before);
+  return out;
+}
+
+// Tokens of the last layer that a sequence computes at a time.
+constexpr int64_t kRowsOfChunk = 256;
+
+// A sequence of layers, each given by four integers (its kind and settings), tensors and constants.
+class Sequence {
+ public:
+  Sequence(const std::vector<Tensor>& weights, const std::vector<int64_t>& layers,
+           const std::vector<double>& constants)
+      : weights_(weights), layers_(layers), constants_(constants) {
+    STD_TORCH_CHECK(!layers.empty() && layers.size() % 4 == 0, "layers must be four integers each, got ",
+                    layers.size());
+  }
+
+  void forget() { largest_[0] = largest_[1] = 0; }
+
+  // Results between layers alternate between two pieces of memory. A first call, without memory, finds their
+  // sizes.
+  Shape apply(Image x, Buffers& buffers, float* y) {
+    size_t tensor = 0, constant = 0;
+    float* const between[2] = {buffers.take(largest_[0]), buffers.take(largest_[1])};
+    for (size_t i = 0; i < layers_.size(); i += 4) {
+      const bool last = i + 4 == layers_.size();
+      float* to = y == nullptr ? nullptr : last ? y : between[i / 4 % 2];
+      x = {step(x, &layers_[i], tensor, constant, buffers, to), to};
+      int64_t& largest = largest_[i / 4 % 2];
+      if (!last && x.shape.floats() > largest) largest = x.shape.floats();
+    }
+    STD_TORCH_CHECK(tensor == weights_.size(), "the layers take ", tensor, " weights, got ", weights_.size());
+    return x.shape;
+  }
+
+ private:
+  // The next `Count` tensors.
+  template <size_t Count>
+  std::array<const Tensor*, Count> next(size_t& tensor) const {
+    STD_TORCH_CHECK(tensor + Count <= weights_.size(), "the layers take more than ", weights_.size(),
+                    " weights");
+    std::array<const Tensor*, Count> found;
+    for (const Tensor*& t : found) t = &weights_[tensor++];
+    return found;
+  }
+
+  Shape step(const Image& x, const int64_t* layer, size_t& tensor, size_t& constant, Buffers& buffers,
+             float* y) const {
+    STD_TORCH_CHECK(layer == layers_.data() || layer[0] == 0 || x.channels_last, "x must be channels_last");
+    switch (layer[0]) {
+      case 0: {
+        const auto t = next<2>(tensor);
+        return conv3x3_step(x, *t[0], *t[1], layer[1] != 0, y);
+      }
+      case 1: {
+        const auto t = next<2>(tensor);
+        return depthwise_step(x, *t[0], *t[1], layer[1], layer[2] != 0, y);
+      }
+      case 2: {
+        const auto t = next<4>(tensor);
+        return ffn_step(x, *t[0], *t[1], *t[2], *t[3], y);
+      }
+      case 3: {
+        const auto t = next<6>(tensor);
+        STD_TORCH_CHECK(constant + 2 <= constants_.size(), "the layers take more than ", constants_.size(),
+                        " constants");
+        constant += 2;
+        return mixer_step(x, t.data(), layer[1], constants_[constant - 2], constants_[constant - 1], y);
+      }
+      case 4:
+        return patch_merging_step(x, next<10>(tensor).data(), buffers, y);
+      default:
+        STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
+    }
+  }
+
+  const std::vector<Tensor>& weights_;
+  const std::vector<int64_t>& layers_;
+  const std::vector<double>& constants_;
+  int64_t largest_[2] = {};
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Operators
+
+Image image_of(const Tensor& x, bool any_order = false) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W], got ", x.dim(), " dimensions");
+  const Shape s{x.size(0), x.size(1), x.size(2), x.size(3)};
+  STD_TORCH_CHECK(s.C * s.H * s.W > 0, "x must have a channel and a pixel");
+  const bool planes = any_order && x.is_contiguous();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(planes || x.size(d) == 1 || x.stride(d) == expected, "x must be channels_last");
+    expected *= x.size(d);
+  }
+  return {s, floats(x), !planes};
+}
+
+Tensor empty_rows(const Tensor& like, const Shape& s) {
+  const Tensor dense = torch::stable::new_empty(like, {s.B, s.H, s.W, s.C});
   return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
 }
 
 float* result(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr()); }
 
-Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
-  const Images s(x, true);
-  const Packed packed(weight, bias, 9 * s.C);
-  Tensor y = empty_rows(x, s.B, (s.H + 1) / 2, (s.W + 1) / 2, packed.outputs);
-  Conv3x3Params params{s.B,  s.C,       s.H,           s.W,         packed.outputs, !x.is_contiguous(),
-                       relu, floats(x), packed.weight, packed.bias, result(y),      nullptr};
-  run(kernels().conv3x3, params);
+// The result of step(memory or null) as a tensor.
+template <class Step>
+Tensor in_a_tensor(const Tensor& x, Step step) {
+  const Tensor y = empty_rows(x, step(nullptr));
+  step(result(y));
   return y;
+}
+
+Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
+  const Image image = image_of(x, true);
+  return in_a_tensor(x, [&](float* y) { return conv3x3_step(image, weight, bias, relu, y); });
 }
 
 Tensor depthwise(Tensor x, Tensor weight, Tensor bias, int64_t stride, bool relu) {
-  const Images s(x);
-  check_float("weight", weight);
-  check_float("bias", bias);
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  STD_TORCH_CHECK(
-      weight.is_contiguous() && bias.is_contiguous() && weight.numel() == 9 * s.C && bias.numel() == s.C,
-      "weight must be [9, ", s.C, "] and bias [", s.C, "], contiguous");
-  const int64_t H = (s.H + stride - 1) / stride, W = (s.W + stride - 1) / stride;
-  Tensor y = empty_rows(x, s.B, H, W, s.C);
-  DepthwiseParams params{s.B,          s.C,       s.H,    s.W, stride, relu, floats(x), floats(weight),
-                         floats(bias), result(y), nullptr};
-  run(kernels().depthwise, params);
-  return y;
+  const Image image = image_of(x);
+  return in_a_tensor(x, [&](float* y) { return depthwise_step(image, weight, bias, stride, relu, y); });
 }
 
 Tensor pointwise(Tensor x, std::optional<Tensor> scale, Tensor weight, Tensor bias, bool relu) {
-  const Images s(x);
-  const Packed packed(weight, bias, s.C);
-  if (scale.has_value()) {
-    check_float("scale", *scale);
-    STD_TORCH_CHECK(scale->is_contiguous() && scale->numel() == s.B * s.C, "scale must have ", s.B * s.C,
-                    " contiguous values, got ", scale->numel());
-  }
-  Tensor y = empty_rows(x, s.B, s.H, s.W, packed.outputs);
-  PointwiseParams params{s.B,
-                         s.H * s.W,
-                         s.C,
-                         packed.outputs,
-                         relu,
-                         floats(x),
-                         scale.has_value() ? floats(*scale) : nullptr,
-                         packed.weight,
-                         packed.bias,
-                         result(y),
-                         nullptr};
-  run(kernels().pointwise, params);
-  return y;
+  const Image image = image_of(x);
+  const float* s = scale.has_value() ? parameter("scale", *scale, image.shape.B * image.shape.C) : nullptr;
+  const Activation activation = relu ? Activation::kRelu : Activation::kNone;
+  return in_a_tensor(x, [&](float* y) { return pointwise_step(image, s, weight, bias, activation, y); });
 }
 
 Tensor ffn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
-  const Images s(x);
-  const Packed first(weight1, bias1, s.C), second(weight2, bias2, first.outputs);
-  STD_TORCH_CHECK(second.outputs == s.C, "weight2 must have ", s.C, " outputs, got ", second.outputs);
-  Tensor y = empty_rows(x, s.B, s.H, s.W, s.C);
-  FfnParams params{s.B * s.H * s.W, s.C,           first.outputs, floats(x), first.weight,
-                   first.bias,      second.weight, second.bias,   result(y), nullptr};
-  run(kernels().ffn, params);
-  return y;
+  const Image image = image_of(x);
+  return in_a_tensor(x, [&](float* y) { return ffn_step(image, weight1, bias1, weight2, bias2, y); });
 }
 
 Tensor mixer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
              std::optional<Tensor> qkv_bias, Tensor weight, Tensor bias, int64_t qk_dim, double norm_eps,
              double scale) {
-  const Images images(x);
-  const auto s = sizes_of<Sizes>(x, qkv_weight.size(1), qk_dim);
-  const Norm norm(norm_weight, norm_bias, s.P, ScalarType::Float);
-  const Projection qkv("qkv_weight", qkv_weight, "qkv_bias", qkv_bias, s.O(), s.P, ScalarType::Float);
-  const Packed packed(weight, bias, s.C);
-  STD_TORCH_CHECK(packed.outputs == s.C, "weight must have ", s.C, " outputs, got ", packed.outputs);
-  Tensor y = empty_rows(x, images.B, images.H, images.W, s.C);
-  ShsaForwardParams attention{};
-  attention.sizes = s;
-  attention.channels_last = attention.relu = true;
-  attention.norm_eps = norm_eps;
-  attention.scale = scale;
-  attention.x = floats(x);
-  attention.norm_weight = norm.weight.data();
-  attention.norm_bias = norm.bias.data();
-  attention.qkv_weight = qkv.weight.data();
-  attention.qkv_bias = qkv.bias.data();
-  MixerParams params{attention, packed.weight, packed.bias, result(y), nullptr};
-  run(kernels().mixer, params);
-  return y;
+  const Image image = image_of(x);
+  const auto optional = [](const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; };
+  const Tensor* const tensors[] = {
+      optional(norm_weight), optional(norm_bias), &qkv_weight, optional(qkv_bias), &weight, &bias};
+  return in_a_tensor(x, [&](float* y) { return mixer_step(image, tensors, qk_dim, norm_eps, scale, y); });
 }
 
 Tensor pool(Tensor x) {
-  const Images s(x);
-  Tensor y = torch::stable::new_empty(x, {s.B, s.C});
-  PoolParams params{s.B, s.H * s.W, s.C, floats(x), result(y), nullptr};
-  run(kernels().pool, params);
+  const Image image = image_of(x);
+  Tensor y = torch::stable::new_empty(x, {image.shape.B, image.shape.C});
+  pool_step(image, result(y));
+  return y;
+}
+
+Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
+                std::vector<double> constants) {
+  Sequence all(weights, layers, constants);
+  Image image = image_of(x, !layers.empty() && layers[0] == 0);
+  Buffers nothing(nullptr);
+  Shape out = all.apply(image, nothing, nullptr);
+  const Tensor y = empty_rows(x, out);
+  if (image.shape.B == 0) return y;
+  // Few images at a time: what passes from layer to layer then stays in cache.
+  const int64_t images = image.shape.B, input = image.shape.floats() / images, output = out.floats() / images;
+  const int64_t most = std::min(images, (kRowsOfChunk - 1) / (out.H * out.W) + 1);
+  image.shape.B = most;
+  all.forget();
+  all.apply(image, nothing, nullptr);
+  Buffers needed(nullptr);
+  all.apply(image, needed, nullptr);
+  const Memory memory(sequence_arena(), needed.most(), kKeptSequence);
+  for (int64_t first = 0; first < images; first += most) {
+    Image chunk = image;
+    chunk.shape.B = std::min(most, images - first);
+    chunk.data += first * input;
+    Buffers buffers(memory.data());
+    all.apply(chunk, buffers, result(y) + first * output);
+  }
   return y;
 }
 
@@ -162,4 +375,5 @@ STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
   m.impl("fused_ffn", TORCH_BOX(&ffn));
   m.impl("fused_mixer", TORCH_BOX(&mixer));
   m.impl("fused_pool", TORCH_BOX(&pool));
+  m.impl("fused_sequence", TORCH_BOX(&sequence));
 }

@@ -100,9 +100,11 @@ struct DepthwiseParams {
   void* workspace;
 };
 
+enum class Activation { kNone, kRelu, kSigmoid };
+
 struct PointwiseParams {
   int64_t images, tokens, inputs, outputs;
-  bool relu;
+  Activation activation;
   const float *x, *scale, *weight, *bias;  // scale: [images, inputs] or null
   float* y;
   void* workspace;

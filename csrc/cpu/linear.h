@@ -6,15 +6,17 @@
 
 namespace {
 
-// Where a product goes: y[row][column] = acc + bias (+ residual), then ReLU. Rows of y and of the residual are
-// `ld` values apart and `columns` long.
+using shvit::Activation;
+
+// Where a product goes: y[row][column] = acc + bias (+ residual), then the activation. Rows of y and of the
+// residual are `ld` values apart and `columns` long.
 template <int VB>
 struct LinearFinish {
   static constexpr bool kStreams = true;
   const float *bias, *residual;
   float* y;
   int64_t columns, ld;
-  bool relu;
+  Activation activation;
 
   SHVIT_INLINE void expect(int64_t row, int64_t column) const { __builtin_prefetch(y + row * ld + column, 1); }
   SHVIT_INLINE void operator()(int64_t row, int64_t column, Vec<float, VB> acc) const {
@@ -23,7 +25,8 @@ struct LinearFinish {
     const bool whole = valid >= kLanes<float, VB>;
     V v = acc + (whole ? load<V>(bias + column) : load_some<VB>(bias + column, valid));
     if (residual) v += whole ? load<V>(residual + at) : load_some<VB>(residual + at, valid);
-    if (relu) v = max0(v);
+    if (activation == Activation::kRelu) v = max0(v);
+    if (activation == Activation::kSigmoid) v = sigmoid<VB>(v);
     if (whole) {
       store(y + at, v);
     } else {
@@ -63,7 +66,7 @@ __attribute__((noinline)) void linear_rows(int64_t M, int64_t K, MatrixView<floa
   gemm_packed<float, VB>(M, K, x, weight, begin, end, finish);
 }
 
-// y = relu?(scale * x W + b); the scale is per image and input channel.
+// y = activation(scale * x W + b); the scale is per image and input channel.
 template <int VB>
 struct Pointwise {
   using Params = shvit::PointwiseParams;
@@ -95,7 +98,7 @@ struct Pointwise {
       x = scaled;
     }
     linear_rows<VB>(rows, K, {x, K, 1}, a.weight, all.first_column(task), all.end_column(task),
-                    {a.bias, nullptr, a.y + first * a.outputs, a.outputs, a.outputs, a.relu});
+                    {a.bias, nullptr, a.y + first * a.outputs, a.outputs, a.outputs, a.activation});
   }
 };
 
@@ -136,14 +139,15 @@ struct Ffn {
     const LinearTasks all = first(a);
     linear_rows<VB>(all.rows_of(task), a.channels, {a.x + all.first_row(task) * a.channels, a.channels, 1},
                     a.weight1, all.first_column(task), all.end_column(task),
-                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
+                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), Activation::kRelu});
   }
 
   static void contract(const Params& a, int64_t task, const float* hidden) {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
     linear_rows<VB>(all.rows_of(task), a.hidden, {hidden, hidden_ld(a), 1}, a.weight2, all.first_column(task),
-                    all.end_column(task), {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+                    all.end_column(task),
+                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, Activation::kNone});
   }
 };
 

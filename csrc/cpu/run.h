@@ -81,8 +81,25 @@ inline Arena& workspace_arena() {
   return arena;
 }
 
-// Long images stage megabytes; that much is not kept.
-constexpr int64_t kKeptWorkspace = 4 << 20;
+inline Arena& sequence_arena() {
+  thread_local Arena arena;
+  return arena;
+}
+
+// Memory for a call: from an arena up to `kept` bytes, beyond that of its own.
+class Memory {
+ public:
+  Memory(Arena& arena, int64_t bytes, int64_t kept)
+      : own_(bytes > kept ? allocate(bytes) : Buffer()), data_(own_ ? own_.get() : arena.reserve(bytes)) {}
+  char* data() const { return data_; }
+
+ private:
+  Buffer own_;
+  char* data_;
+};
+
+// Long images stage megabytes, sequences of layers tens of them; more is not kept.
+constexpr int64_t kKeptWorkspace = 4 << 20, kKeptSequence = 64 << 20;
 
 // Below this many operations a second thread costs more than it brings.
 constexpr int64_t kFlopsPerThread = 500000;
@@ -90,13 +107,8 @@ constexpr int64_t kFlopsPerThread = 500000;
 template <class Params>
 void run(const Kernel<Params>& kernel, Params& params) {
   const Plan plan = kernel.plan(params);
-  Buffer large_workspace;
-  if (plan.workspace_bytes > kKeptWorkspace) {
-    large_workspace = allocate(plan.workspace_bytes);
-    params.workspace = large_workspace.get();
-  } else {
-    params.workspace = workspace_arena().reserve(plan.workspace_bytes);
-  }
+  const Memory workspace(workspace_arena(), plan.workspace_bytes, kKeptWorkspace);
+  params.workspace = workspace.data();
   for (int phase = 0; phase < plan.phases; ++phase) {
     const int64_t tasks = plan.tasks[phase];
     if (tasks == 0) continue;

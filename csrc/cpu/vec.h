@@ -173,4 +173,11 @@ SHVIT_INLINE Vec<T, VB> exp_nonpositive(Vec<T, VB> x) {
   return x < K::kLowest ? Vec<T, VB>{} : result;
 }
 
+// 1 / (1 + exp(-v)); NaN stays.
+template <int VB>
+SHVIT_INLINE Vec<float, VB> sigmoid(Vec<float, VB> v) {
+  const Vec<float, VB> e = exp_nonpositive<float, VB>(v > 0 ? -v : v);  // exp(-|v|)
+  return (v > 0 ? Vec<float, VB>{} + 1.0f : e) / (e + 1.0f);
+}
+
 }  // namespace

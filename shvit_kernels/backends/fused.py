@@ -5,13 +5,14 @@ Images are ``[B, C, H, W]``, channels_last inside a model.
 """
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import readable, unpack
+from ..ops import WEIGHTS_OF_LAYER, readable, unpack
 from . import choose, cpu, eager
 
 
@@ -65,6 +66,56 @@ def pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
+def patch_merging(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    conv3_weight: Tensor,
+    conv3_bias: Tensor,
+) -> Tensor:
+    """Pointwise with ReLU, depthwise of stride 2 with ReLU, squeeze-and-excitation, pointwise."""
+    x = pointwise(x, None, conv1_weight, conv1_bias, True)
+    x = depthwise(x, conv2_weight, conv2_bias, 2, True)
+    gate = pointwise(pool(x)[:, :, None, None], None, fc1_weight, fc1_bias, True)
+    gate = pointwise(gate, None, fc2_weight, fc2_bias, False).sigmoid()
+    return pointwise(x, gate.flatten(1), conv3_weight, conv3_bias, False)
+
+
+class Kind(IntEnum):
+    """The layers that a sequence is made of; the numbers that follow a kind are its settings."""
+
+    CONV3X3 = 0  # relu
+    DEPTHWISE = 1  # stride, relu
+    FFN = 2
+    MIXER = 3  # qk_dim; and two constants, norm_eps and scale
+    PATCH_MERGING = 4
+
+
+def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
+    """One layer after the other: each is four integers (a ``Kind``, settings, zeros), tensors and constants."""
+    weights, constants = list(weights), list(constants)
+    for kind, first, second, _ in zip(*[iter(layers)] * 4, strict=True):
+        own, weights = weights[: WEIGHTS_OF_LAYER[kind]], weights[WEIGHTS_OF_LAYER[kind] :]
+        if kind == Kind.CONV3X3:
+            x = conv3x3(x, *own, bool(first))
+        elif kind == Kind.DEPTHWISE:
+            x = depthwise(x, *own, first, bool(second))
+        elif kind == Kind.FFN:
+            x = ffn(x, *own)
+        elif kind == Kind.MIXER:
+            norm_eps, scale, *constants = constants
+            x = mixer(x, *own, first, norm_eps, scale)
+        else:
+            x = patch_merging(x, *own)
+    return x
+
+
 class Operators(NamedTuple):
     """What a fused model is made of."""
 
@@ -74,9 +125,10 @@ class Operators(NamedTuple):
     ffn: Callable[..., Tensor]
     mixer: Callable[..., Tensor]
     pool: Callable[..., Tensor]
+    sequence: Callable[..., Tensor]
 
 
-SPECIFICATION = Operators(conv3x3, depthwise, pointwise, ffn, mixer, pool)
+SPECIFICATION = Operators(conv3x3, depthwise, pointwise, ffn, mixer, pool, sequence)
 
 
 def _on_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,14 +138,21 @@ def _on_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+_OPERATORS = {name: getattr(torch.ops.shvit_kernels, f"fused_{name}").default for name in Operators._fields}
+
+
 def _conv3x3(x: Tensor, *rest) -> Tensor:
     # The first convolution of a stem reads images as they come.
-    return torch.ops.shvit_kernels.fused_conv3x3.default(readable(x), *rest)
+    return _OPERATORS["conv3x3"](readable(x), *rest)
+
+
+def _sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
+    x = readable(x) if layers[0] == Kind.CONV3X3 else x.contiguous(memory_format=torch.channels_last)
+    return _OPERATORS["sequence"](x, weights, layers, constants)
 
 
 NATIVE = Operators(
-    _conv3x3,
-    *(_on_rows(getattr(torch.ops.shvit_kernels, f"fused_{name}").default) for name in Operators._fields[1:]),
+    **{name: _on_rows(operator) for name, operator in _OPERATORS.items()} | {"conv3x3": _conv3x3, "sequence": _sequence}
 )
 
 
