@@ -24,27 +24,22 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// Lines of memory that a later tile will read, fetched one at each step of K.
+// Lines of memory that a later tile will read, fetched one at each step of K; none where data is null.
 template <class T>
 struct Ahead {
   const T* data;
   int64_t step;
 };
 
-// finish(row, vector, values) for each vector of the tile; where it streams, finish.expect(row, vector) before.
-// A function of its own, so that nothing else takes registers from the sums.
+// finish(row, vector, values) for each vector of the tile. A function of its own, so that nothing else takes
+// registers from the sums.
 template <class T, int VB, int MR, int NV, class Finish>
 __attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
                                          Finish finish) {
   using V = Vec<T, VB>;
-  if constexpr (Finish::kStreams) {
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NV; ++j) finish.expect(i, j);
-  }
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
-  for (int64_t k = 0; k < K; ++k, ak += a.col_stride, bk += b.row_stride) {
-    if constexpr (Finish::kStreams) __builtin_prefetch(ahead.data + k * ahead.step);
+  const auto step = [&]() SHVIT_INLINE_LAMBDA {
     V row[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
@@ -54,6 +49,16 @@ __attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
     }
+    ak += a.col_stride;
+    bk += b.row_stride;
+  };
+  if (Finish::kFetches && ahead.data) {
+    for (int64_t k = 0; k < K; ++k) {
+      __builtin_prefetch(ahead.data + k * ahead.step);
+      step();
+    }
+  } else {
+    for (int64_t k = 0; k < K; ++k) step();
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -86,7 +91,7 @@ SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, Vectors
 // A finish whose rows count from `first`.
 template <class Finish>
 struct RowsFrom {
-  static constexpr bool kStreams = Finish::kStreams;
+  static constexpr bool kFetches = Finish::kFetches;
   Finish finish;
   int64_t first;
 
@@ -94,11 +99,10 @@ struct RowsFrom {
   SHVIT_INLINE void operator()(int64_t i, int j, V acc) const {
     finish(first + i, j, acc);
   }
-  SHVIT_INLINE void expect(int64_t i, int j) const { finish.expect(first + i, j); }
 };
 
 // All rows of C in NV vectors of its columns, in tiles of nearly equal height: short tiles wait for their sums.
-// ahead(tile, tiles, next row) says what each tile fetches.
+// ahead(tile, tiles) says what each tile fetches.
 template <class T, int VB, int NV, class Finish, class Fetch>
 SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish,
                               Fetch ahead) {
@@ -107,7 +111,7 @@ SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = M * tile / tiles, end = M * (tile + 1) / tiles;
     gemm_tile_of<T, VB, NV, MR>(end - first, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
-                                ahead(tile, tiles, end), RowsFrom<Finish>{finish, first});
+                                ahead(tile, tiles), RowsFrom<Finish>{finish, first});
   }
 }
 
@@ -122,7 +126,7 @@ SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth;
 // Into a panel in cache, from `c` on.
 template <class T, int VB>
 struct PanelFinish {
-  static constexpr bool kStreams = false;
+  static constexpr bool kFetches = false;
   T* c;
   int64_t ldc;
   Init init;
@@ -140,7 +144,7 @@ template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
                                           int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
-  const auto nothing = [](int64_t, int64_t, int64_t) SHVIT_INLINE_LAMBDA { return Ahead<T>{}; };
+  const auto nothing = [](int64_t, int64_t) SHVIT_INLINE_LAMBDA { return Ahead<T>{}; };
   const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value;
     gemm_column<T, kBytes, decltype(count)::value>(M, K, a, {b + n, ldb, kLanes<T, kBytes>},
@@ -175,7 +179,7 @@ constexpr int64_t kPanel = 16;
 // A finish whose vectors count from column `n`.
 template <class Finish, int W>
 struct ColumnsFrom {
-  static constexpr bool kStreams = Finish::kStreams;
+  static constexpr bool kFetches = Finish::kFetches;
   Finish finish;
   int64_t n;
 
@@ -183,14 +187,15 @@ struct ColumnsFrom {
   SHVIT_INLINE void operator()(int64_t row, int j, V acc) const {
     finish(row, n + j * W, acc);
   }
-  SHVIT_INLINE void expect(int64_t row, int j) const { finish.expect(row, n + j * W); }
 };
 
 // A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N):
 // finish(row, column, values). Sums over K stay in one register.
 //
-// The processor does not fetch across pages by itself, so tiles do: in the first columns the rows of A that the
-// next tile reads, and the last tiles of any columns the panels that come next.
+// Few rows use each weight a few times only, and the processor does not fetch across pages by itself: then the
+// last tiles of any columns fetch the panels that come next.
+constexpr int64_t kFetchingRows = 64;
+
 template <class T, int VB, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
                               int64_t end, Finish finish) {
@@ -199,11 +204,9 @@ SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* pa
     constexpr int NV = decltype(count)::value;
     const T* panel = packed + n / kPanel * K * kPanel;
     const T* next = panel + (NV * W + kPanel - 1) / kPanel * K * kPanel;
-    const auto ahead = [&](int64_t tile, int64_t tiles, int64_t row) SHVIT_INLINE_LAMBDA -> Ahead<T> {
+    const auto ahead = [&](int64_t tile, int64_t tiles) SHVIT_INLINE_LAMBDA {
       const int64_t later = tiles - 1 - tile;
-      if (later < NV) return {next + later * K * kPanel, kPanel};
-      if (n == begin) return {a.data + row * a.row_stride, kTileRows<VB> * a.col_stride};
-      return {panel, 0};
+      return M <= kFetchingRows && later < NV ? Ahead<T>{next + later * K * kPanel, kPanel} : Ahead<T>{};
     };
     gemm_column<T, VB, NV>(M, K, a, {panel + n % kPanel, kPanel, W < kPanel ? W : K * kPanel},
                            ColumnsFrom<Finish, W>{finish, n}, ahead);

@@ -12,13 +12,12 @@ using shvit::Activation;
 // residual are `ld` values apart and `columns` long.
 template <int VB>
 struct LinearFinish {
-  static constexpr bool kStreams = true;
+  static constexpr bool kFetches = true;
   const float *bias, *residual;
   float* y;
   int64_t columns, ld;
   Activation activation;
 
-  SHVIT_INLINE void expect(int64_t row, int64_t column) const { __builtin_prefetch(y + row * ld + column, 1); }
   SHVIT_INLINE void operator()(int64_t row, int64_t column, Vec<float, VB> acc) const {
     using V = Vec<float, VB>;
     const int64_t at = row * ld + column, valid = columns - column;
