@@ -31,11 +31,9 @@ struct Ahead {
   int64_t step;
 };
 
-// finish(row, vector, values) for each vector of the tile. A function of its own, so that nothing else takes
-// registers from the sums.
+// finish(row, vector, values) for each vector of the tile.
 template <class T, int VB, int MR, int NV, class Finish>
-__attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
-                                         Finish finish) {
+SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead, Finish finish) {
   using V = Vec<T, VB>;
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
@@ -52,7 +50,7 @@ __attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView
     ak += a.col_stride;
     bk += b.row_stride;
   };
-  if (Finish::kFetches && ahead.data) {
+  if (Finish::kDeep && ahead.data) {
     for (int64_t k = 0; k < K; ++k) {
       __builtin_prefetch(ahead.data + k * ahead.step);
       step();
@@ -67,13 +65,23 @@ __attribute__((noinline)) void gemm_tile(int64_t K, MatrixView<T> a, VectorsView
   }
 }
 
-// Rows per tile: as many accumulators as the registers hold beside one row of B and a broadcast. Macros like
+// The same as a function of its own, so that nothing else takes registers from many sums.
+template <class T, int VB, int MR, int NV, class Finish>
+__attribute__((noinline)) void gemm_tile_apart(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
+                                               Finish finish) {
+  gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
+}
+
+// Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
+// of B and a broadcast. Those of panels are shallow: as many as hide the latency of a sum. Macros like
 // __AVX512F__ do not follow the target of a pragma, so each variant says what it has.
 template <int VB>
-constexpr int kTileRows = SHVIT_REGISTER_BYTES / VB >= 28   ? 12
-                          : SHVIT_REGISTER_BYTES / VB >= 16 ? 6
-                          : SHVIT_REGISTER_BYTES / VB >= 8  ? 2
-                                                            : 1;
+constexpr int kRegisters = SHVIT_REGISTER_BYTES / VB;
+template <int VB, bool Deep>
+constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
+                          : kRegisters<VB> >= 16 ? 6
+                          : kRegisters<VB> >= 8  ? (Deep ? 2 : 4)
+                                                 : (Deep ? 1 : 4);
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, class Finish>
@@ -85,13 +93,17 @@ SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, Vectors
       return;
     }
   }
-  gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
+  if constexpr (Finish::kDeep) {
+    gemm_tile_apart<T, VB, MR, NV>(K, a, b, ahead, finish);
+  } else {
+    gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
+  }
 }
 
 // A finish whose rows count from `first`.
 template <class Finish>
 struct RowsFrom {
-  static constexpr bool kFetches = Finish::kFetches;
+  static constexpr bool kDeep = Finish::kDeep;
   Finish finish;
   int64_t first;
 
@@ -106,7 +118,7 @@ struct RowsFrom {
 template <class T, int VB, int NV, class Finish, class Fetch>
 SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish,
                               Fetch ahead) {
-  constexpr int MR = kTileRows<VB>;
+  constexpr int MR = kTileRows<VB, Finish::kDeep>;
   const int64_t tiles = (M + MR - 1) / MR;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = M * tile / tiles, end = M * (tile + 1) / tiles;
@@ -126,7 +138,7 @@ SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth;
 // Into a panel in cache, from `c` on.
 template <class T, int VB>
 struct PanelFinish {
-  static constexpr bool kFetches = false;
+  static constexpr bool kDeep = false;
   T* c;
   int64_t ldc;
   Init init;
@@ -179,7 +191,7 @@ constexpr int64_t kPanel = 16;
 // A finish whose vectors count from column `n`.
 template <class Finish, int W>
 struct ColumnsFrom {
-  static constexpr bool kFetches = Finish::kFetches;
+  static constexpr bool kDeep = Finish::kDeep;
   Finish finish;
   int64_t n;
 

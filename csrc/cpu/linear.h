@@ -12,7 +12,7 @@ using shvit::Activation;
 // residual are `ld` values apart and `columns` long.
 template <int VB>
 struct LinearFinish {
-  static constexpr bool kFetches = true;
+  static constexpr bool kDeep = true;
   const float *bias, *residual;
   float* y;
   int64_t columns, ld;
