@@ -20,6 +20,7 @@ from shvit_kernels.fuse import (
     FusedLinear,
     FusedMixer,
     FusedPatchMerging,
+    FusedSequence,
 )
 from shvit_kernels.models.shvit import Residual
 from tests.support import native as native_tier
@@ -110,6 +111,25 @@ def test_every_block_is_fused_and_exact(make, prepare):
     assert not any(isinstance(m, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)) for m in fast.modules())
     x = images(128)
     assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
+
+
+def test_stages_are_single_operators():
+    fast = fuse(small())
+    assert type(fast.model.patch_embed) is FusedSequence
+    assert [type(stage) for stage in fast.model.stages] == [FusedSequence] * 3
+    assert [len(stage.layers) for stage in fast.model.stages] == [2, 5 + 6, 5 + 6]
+
+
+@native_tier.needs_native
+def test_sequences_compute_what_their_layers_do():
+    fast = fuse(small())
+    x = images(64, 3, dtype=torch.float32)
+    for sequence in (fast.model.patch_embed, *fast.model.stages):
+        with torch.no_grad():
+            whole = sequence(x)
+            for layer in sequence.layers:
+                x = layer(x)
+        assert torch.equal(whole, x)
 
 
 def test_the_original_is_untouched():
@@ -220,6 +240,7 @@ def test_changed_blocks_keep_their_own_forward(change, missing):
     change(stock)
     fast = fuse(stock.eval())
     assert count(fast)[missing] == ALL_OF_SMALL[missing] - 1
+    assert sum(count(fast).values()) == sum(ALL_OF_SMALL.values()) - 1
     x = images(128)
     assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
 
@@ -227,7 +248,7 @@ def test_changed_blocks_keep_their_own_forward(change, missing):
 def test_shared_blocks_stay_shared():
     shared = Residual(shvit_kernels.models.shvit.FFN(16, 32))
     fast = fuse(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}).eval())
-    assert fast.model["a"][0] is fast.model["b"]
+    assert fast.model["a"].layers[0] is fast.model["b"]
 
 
 # Habits of a module
@@ -264,7 +285,7 @@ def test_other_types(fast, dtype):
 
 
 def test_training_is_refused(fast):
-    for module in (fast, fast.model.stages[0].blocks[0].ffn):
+    for module in (fast, fast.model.stages[0], fast.model.stages[0].layers[1], fast.model.head):
         with pytest.raises(RuntimeError, match="a fused model is for inference alone"):
             module.train()
     assert not any(module.training for module in fast.modules())
@@ -315,7 +336,7 @@ def test_export(fast, tmp_path):
     program = torch.export.export(fast, (X,))
     torch.export.save(program, tmp_path / "fused.pt2")
     loaded = torch.export.load(tmp_path / "fused.pt2").module()
-    assert any("fused_ffn" in str(node.target) for node in program.graph.nodes)
+    assert any("fused_sequence" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(outputs(loaded, X), outputs(fast, X))
 
 

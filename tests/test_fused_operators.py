@@ -32,12 +32,14 @@ class Operation:
     packed: tuple[str, ...] = ()
     settings: tuple = ()
 
-    def arguments(self, tensors: dict[str, Tensor]) -> list[Tensor | None]:
-        """The tensors as the operator takes them."""
-        given = [pack(t) if name in self.packed else t for name, t in tensors.items()]
+    def arguments(self, tensors: dict[str, Tensor]) -> list:
+        """What the operator takes after x."""
+        given = [pack(t) if name in self.packed else t for name, t in tensors.items() if name != "x"]
+        if self.name == "sequence":
+            return [given, *self.settings]
         if self.name == "pointwise" and "scale" not in tensors:
-            given.insert(len(given) - 2, None)
-        return given
+            given.insert(0, None)
+        return [*given, *self.settings]
 
     def call(self, layout: str = "channels_last") -> Call:
         generator = torch.Generator().manual_seed(0)
@@ -52,9 +54,8 @@ class Operation:
             tensors[name] = draw(*shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
 
         def function(backend: str, x: Tensor, **rest) -> dict[str, Tensor]:
-            given = self.arguments(rest)
             operators = fused.SPECIFICATION if backend == "eager" else fused.NATIVE
-            return {"y": getattr(operators, self.name)(x, *given, *self.settings)}
+            return {"y": getattr(operators, self.name)(x, *self.arguments(rest))}
 
         return Call(function, tensors, {})
 
@@ -89,6 +90,33 @@ def pool(B, C, H, W):
     return Operation("pool", (B, C, H, W), {})
 
 
+def patch_merging(C, outputs, squeezed) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    wide = 4 * C
+    sizes = {"conv1": (wide, C), "conv2": (9, wide), "fc1": (squeezed, wide), "fc2": (wide, squeezed)}
+    sizes["conv3"] = (outputs, wide)
+    weights = {}
+    for name, size in sizes.items():
+        weights |= {f"{name}_weight": size, f"{name}_bias": (wide if name == "conv2" else size[0],)}
+    return weights, tuple(f"{name}_weight" for name in sizes if name != "conv2")
+
+
+def sequence(B, C, H, W, width=24, P=10, D=3):
+    """Every kind of layer, after a stem and before a depthwise convolution of stride 2."""
+    O = 2 * D + P
+    weights, merging_packed = patch_merging(width, 37, 24)
+    weights = {
+        **{"stem": (width, 9 * C), "stem_bias": (width,)},
+        **{"taps": (9, width), "taps_bias": (width,)},
+        **{"norm": (P,), "norm_bias": (P,), "qkv": (O, P), "qkv_bias": (O,), "proj": (width, width), "pb": (width,)},
+        **{"weight1": (50, width), "bias1": (50,), "weight2": (width, 50), "bias2": (width,)},
+        **weights,
+        **{"last": (9, 37), "last_bias": (37,)},
+    }
+    packed = ("stem", "proj", "weight1", "weight2", *merging_packed)
+    layers = [0, 1, 0, 0, 1, 1, 0, 0, 3, D, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 1, 2, 1, 0]
+    return Operation("sequence", (B, C, H, W), weights, packed, (layers, [1e-5, D**-0.5]))
+
+
 OPERATIONS = [
     # The published sizes, few images and many.
     conv3x3(1, 3, 64, 64, 28),
@@ -105,6 +133,7 @@ OPERATIONS = [
     mixer(5, 352, 7, 7, 75),
     mixer(17, 448, 4, 4, 96),
     pool(3, 448, 4, 4),
+    sequence(3, 3, 32, 32),
     # Every edge: one pixel, odd sides, ragged channels, more tokens than a block has, no image.
     *[
         conv3x3(2, C, H, W, outputs)
@@ -127,9 +156,13 @@ OPERATIONS = [
     ffn(0, 5, 4, 4, 7),
     mixer(0, 9, 4, 4, 5, 2),
     pool(0, 5, 4, 4),
+    sequence(70, 3, 8, 8),  # several chunks of images
+    sequence(2, 2, 90, 70),
+    sequence(2, 5, 1, 1),
+    sequence(0, 3, 8, 8),
 ]
 SMALL = [conv3x3(2, 3, 9, 8, 21), depthwise(2, 21, 5, 4, 2), pointwise(2, 9, 3, 3, 21), ffn(2, 9, 3, 3, 21)]
-SMALL += [mixer(3, 21, 3, 3, 9, 3), pool(2, 21, 3, 3)]
+SMALL += [mixer(3, 21, 3, 3, 9, 3), pool(2, 21, 3, 3), sequence(2, 3, 9, 8)]
 
 
 def named(operations):
@@ -158,7 +191,7 @@ def test_parity(operation):
 
 
 @pytest.mark.parametrize("variant", native_tier.each_variant())
-@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[14:-6]]))
+@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[15:-10]]))
 def test_parity_of_every_instruction_set(operation, variant):
     call = operation.call()
     with native_tier.instruction_set(variant):
@@ -172,10 +205,10 @@ def test_layout_of_the_input_does_not_matter(operation):
     torch.testing.assert_close(planes.run("cpu", ())["y"], y, rtol=1e-6, atol=1e-6)
     assert y.dim() == 2 or y.is_contiguous(memory_format=torch.channels_last)
     sliced = torch.cat([rows.inputs["x"]] * 2, 3)[..., : operation.x[3]]
-    assert torch.equal(native(operation, x=sliced), y) or operation.name == "conv3x3"
+    assert torch.equal(native(operation, x=sliced), y) or operation.name in ("conv3x3", "sequence")
 
 
-@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[:14]]))
+@pytest.mark.parametrize("operation", named([*SMALL, *OPERATIONS[:15]]))
 def test_same_bits_for_any_number_of_threads(operation):
     call = operation.call()
     runs = []
@@ -201,9 +234,8 @@ def test_non_finite_values_stay_in_their_image(operation, value):
 @each_small
 def test_opcheck(operation):
     call = operation.call()
-    tensors = operation.arguments(call.inputs)
     operator = getattr(torch.ops.shvit_kernels, f"fused_{operation.name}").default
-    torch.library.opcheck(operator, (*tensors, *operation.settings))
+    torch.library.opcheck(operator, (call.inputs["x"], *operation.arguments(call.inputs)))
 
 
 @each_small
@@ -213,7 +245,7 @@ def test_weights_of_another_size_are_refused(operation):
         if name == "x":
             continue
         wrong = torch.cat([tensor, tensor])
-        with pytest.raises(RuntimeError, match=r"must|packed"):
+        with pytest.raises(RuntimeError, match=r"must have|must be packed|must lie"):
             native(operation, **{name: wrong})
 
 
@@ -221,6 +253,25 @@ def test_weights_of_another_size_are_refused(operation):
 def test_other_types_are_refused(operation):
     with pytest.raises(RuntimeError, match="x must be float32"):
         native(operation, x=operation.call().inputs["x"].double())
+
+
+def test_sequences_that_do_not_add_up_are_refused():
+    operation = SMALL[-1]
+    call = operation.call()
+    (weights,), (layers, constants) = (
+        operation.arguments({k: t for k, t in call.inputs.items() if k != "x"}),
+        operation.settings,
+    )
+    x, run = call.inputs["x"], fused.NATIVE.sequence
+    for change, message in {
+        (tuple(weights[:-1]), tuple(layers), tuple(constants)): "take more than 25 weights",
+        ((*weights, weights[0]), tuple(layers), tuple(constants)): "take 26 weights, got 27",
+        (tuple(weights), tuple(layers[:-1]), tuple(constants)): "four integers each, got 23",
+        (tuple(weights), tuple(layers), (1.0,)): "take more than 1 constants",
+        (tuple(weights), (9, *layers[1:]), tuple(constants)): "no layer of kind 9",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            run(x, *map(list, change))
 
 
 def test_strided_images_are_refused_by_the_bare_operators():
