@@ -256,22 +256,17 @@ def test_other_types_are_refused(operation):
 
 
 def test_sequences_that_do_not_add_up_are_refused():
-    operation = SMALL[-1]
-    call = operation.call()
-    (weights,), (layers, constants) = (
-        operation.arguments({k: t for k, t in call.inputs.items() if k != "x"}),
-        operation.settings,
-    )
-    x, run = call.inputs["x"], fused.NATIVE.sequence
-    for change, message in {
-        (tuple(weights[:-1]), tuple(layers), tuple(constants)): "take more than 25 weights",
-        ((*weights, weights[0]), tuple(layers), tuple(constants)): "take 26 weights, got 27",
-        (tuple(weights), tuple(layers[:-1]), tuple(constants)): "four integers each, got 23",
-        (tuple(weights), tuple(layers), (1.0,)): "take more than 1 constants",
-        (tuple(weights), (9, *layers[1:]), tuple(constants)): "no layer of kind 9",
-    }.items():
+    call = SMALL[-1].call()
+    weights, layers, constants = SMALL[-1].arguments(call.inputs)
+    for given, message in (
+        ((weights[:-1], layers, constants), "take more than 25 weights"),
+        (([*weights, weights[0]], layers, constants), "take 26 weights, got 27"),
+        ((weights, layers[:-1], constants), "four integers each, got 23"),
+        ((weights, layers, constants[:1]), "take more than 1 constants"),
+        ((weights, [9, *layers[1:]], constants), "no layer of kind 9"),
+    ):
         with pytest.raises(RuntimeError, match=message):
-            run(x, *map(list, change))
+            torch.ops.shvit_kernels.fused_sequence(call.inputs["x"], *given)
 
 
 def test_strided_images_are_refused_by_the_bare_operators():

@@ -211,21 +211,28 @@ constexpr int64_t kFetchingRows = 64;
 template <class T, int VB, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
                               int64_t end, Finish finish) {
-  constexpr int W = kLanes<T, VB>;
-  const auto columns = [&](auto count, int64_t n) SHVIT_INLINE_LAMBDA {
-    constexpr int NV = decltype(count)::value;
+  constexpr int64_t W = kLanes<T, VB>;
+  const auto columns = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    constexpr int kBytes = decltype(bytes)::value, NV = decltype(count)::value, kWidth = kLanes<T, kBytes>;
     const T* panel = packed + n / kPanel * K * kPanel;
-    const T* next = panel + (NV * W + kPanel - 1) / kPanel * K * kPanel;
+    const T* next = panel + (NV * kWidth + kPanel - 1) / kPanel * K * kPanel;
     const auto ahead = [&](int64_t tile, int64_t tiles) SHVIT_INLINE_LAMBDA {
       const int64_t later = tiles - 1 - tile;
       return M <= kFetchingRows && later < NV ? Ahead<T>{next + later * K * kPanel, kPanel} : Ahead<T>{};
     };
-    gemm_column<T, VB, NV>(M, K, a, {panel + n % kPanel, kPanel, W < kPanel ? W : K * kPanel},
-                           ColumnsFrom<Finish, W>{finish, n}, ahead);
+    gemm_column<T, kBytes, NV>(M, K, a, {panel + n % kPanel, kPanel, kWidth < kPanel ? kWidth : K * kPanel},
+                               ColumnsFrom<Finish, kWidth>{finish, n}, ahead);
   };
+  constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
   int64_t n = begin;
-  for (; n + W < end; n += 2 * W) columns(Count<2>{}, n);
-  if (n < end) columns(Count<1>{}, n);
+  for (; end - n > W + kHalf; n += 2 * W) columns(Count<VB>{}, Count<2>{}, n);
+  if (end - n > kHalf) {
+    columns(Count<VB>{}, Count<1>{}, n);
+    n += W;
+  }
+  if constexpr (kHalf > 0) {
+    if (n < end) columns(Count<VB / 2>{}, Count<1>{}, n);
+  }
 }
 
 }  // namespace

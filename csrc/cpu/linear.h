@@ -10,7 +10,6 @@ using shvit::Activation;
 
 // Where a product goes: y[row][column] = acc + bias (+ residual), then the activation. Rows of y and of the
 // residual are `ld` values apart and `columns` long.
-template <int VB>
 struct LinearFinish {
   static constexpr bool kDeep = true;
   const float *bias, *residual;
@@ -18,11 +17,12 @@ struct LinearFinish {
   int64_t columns, ld;
   Activation activation;
 
-  SHVIT_INLINE void operator()(int64_t row, int64_t column, Vec<float, VB> acc) const {
-    using V = Vec<float, VB>;
+  template <class V>
+  SHVIT_INLINE void operator()(int64_t row, int64_t column, V v) const {
+    constexpr int VB = sizeof(V);
     const int64_t at = row * ld + column, valid = columns - column;
     const bool whole = valid >= kLanes<float, VB>;
-    V v = acc + (whole ? load<V>(bias + column) : load_some<VB>(bias + column, valid));
+    v += whole ? load<V>(bias + column) : load_some<VB>(bias + column, valid);
     if (residual) v += whole ? load<V>(residual + at) : load_some<VB>(residual + at, valid);
     if (activation == Activation::kRelu) v = max0(v);
     if (activation == Activation::kSigmoid) v = sigmoid<VB>(v);
@@ -61,7 +61,7 @@ struct LinearTasks {
 // Rows of a product by packed weights, for a range of columns.
 template <int VB>
 __attribute__((noinline)) void linear_rows(int64_t M, int64_t K, MatrixView<float> x, const float* weight,
-                                           int64_t begin, int64_t end, LinearFinish<VB> finish) {
+                                           int64_t begin, int64_t end, LinearFinish finish) {
   gemm_packed<float, VB>(M, K, x, weight, begin, end, finish);
 }
 
