@@ -203,22 +203,29 @@ class Sequence {
                     layers.size());
   }
 
-  void forget() { largest_[0] = largest_[1] = 0; }
-
-  // Results between layers alternate between two pieces of memory. A first call, without memory, finds their
-  // sizes.
+  // Results between layers alternate between two pieces of memory, whose sizes a first call, of one image and
+  // without memory, finds.
   Shape apply(Image x, Buffers& buffers, float* y) {
+    const int64_t images = x.shape.B;
+    float* const between[2] = {buffers.take(images * largest_[0]), buffers.take(images * largest_[1])};
     size_t tensor = 0, constant = 0;
-    float* const between[2] = {buffers.take(largest_[0]), buffers.take(largest_[1])};
     for (size_t i = 0; i < layers_.size(); i += 4) {
       const bool last = i + 4 == layers_.size();
       float* to = y == nullptr ? nullptr : last ? y : between[i / 4 % 2];
       x = {step(x, &layers_[i], tensor, constant, buffers, to), to};
       int64_t& largest = largest_[i / 4 % 2];
-      if (!last && x.shape.floats() > largest) largest = x.shape.floats();
+      if (!last) largest = std::max(largest, x.shape.floats() / images);
     }
     STD_TORCH_CHECK(tensor == weights_.size(), "the layers take ", tensor, " weights, got ", weights_.size());
     return x.shape;
+  }
+
+  // Bytes between layers, of one image.
+  int64_t between() const {
+    Buffers both(nullptr);
+    both.take(largest_[0]);
+    both.take(largest_[1]);
+    return both.used();
   }
 
  private:
@@ -265,7 +272,7 @@ class Sequence {
   const std::vector<Tensor>& weights_;
   const std::vector<int64_t>& layers_;
   const std::vector<double>& constants_;
-  int64_t largest_[2] = {};
+  int64_t largest_[2] = {};  // floats of one image
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -342,20 +349,17 @@ Tensor pool(Tensor x) {
 Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
                 std::vector<double> constants) {
   Sequence all(weights, layers, constants);
-  Image image = image_of(x, !layers.empty() && layers[0] == 0);
-  Buffers nothing(nullptr);
-  Shape out = all.apply(image, nothing, nullptr);
+  const Image image = image_of(x, !layers.empty() && layers[0] == 0);
+  Image one = image;
+  one.shape.B = 1;
+  Buffers measured(nullptr);
+  Shape out = all.apply(one, measured, nullptr);
+  const int64_t images = image.shape.B, input = one.shape.floats(), output = out.floats();
+  out.B = images;
   const Tensor y = empty_rows(x, out);
-  if (image.shape.B == 0) return y;
   // Few images at a time: what passes from layer to layer then stays in cache.
-  const int64_t images = image.shape.B, input = image.shape.floats() / images, output = out.floats() / images;
   const int64_t most = std::min(images, (kRowsOfChunk - 1) / (out.H * out.W) + 1);
-  image.shape.B = most;
-  all.forget();
-  all.apply(image, nothing, nullptr);
-  Buffers needed(nullptr);
-  all.apply(image, needed, nullptr);
-  const Memory memory(sequence_arena(), needed.most(), kKeptSequence);
+  const Memory memory(sequence_arena(), most * (measured.most() + all.between()), kKeptSequence);
   for (int64_t first = 0; first < images; first += most) {
     Image chunk = image;
     chunk.shape.B = std::min(most, images - first);
