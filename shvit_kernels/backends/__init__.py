@@ -25,7 +25,11 @@ from . import cpu, cuda, eager, native, triton
 ENVIRONMENT_VARIABLE = "SHVIT_KERNELS_BACKEND"
 
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, eager)}
-"""Every backend by name, in the order of automatic choice."""
+"""Every backend by name, in the order of automatic choice.
+
+``cuda`` before ``triton``: call by call it is predicted to win everywhere (benchmarks/results/predictions.md); no GPU
+has measured both yet.
+"""
 
 # Read once: a look-up per call would cost as much as the rest of the choice.
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import KernelInterface
 
 from shvit_kernels.backends import triton as backend
 from shvit_kernels.backends.triton import table
@@ -130,6 +133,8 @@ class Case:
     """Of the projection and of the attention."""
     operators: tuple[str, ...] | None = None
     """By default all."""
+    batch: int = B
+    device: str = "meta"
 
     def __str__(self) -> str:
         words = [f"{self.C}+{self.P}+{self.D} {self.height}x{self.width}", str(self.dtype).removeprefix("torch.")]
@@ -143,10 +148,10 @@ def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
     O = 2 * D + P
 
     def new(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=case.device)
 
     def image(channels: int) -> Tensor:
-        return new(B, channels, case.height, case.width).contiguous(memory_format=case.layout)
+        return new(case.batch, channels, case.height, case.width).contiguous(memory_format=case.layout)
 
     def like(results: tuple[Tensor, ...]) -> list[Tensor]:
         return [torch.empty_like(t) for t in results]
@@ -194,34 +199,41 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(200, 130, 16, 16, D=64, norm=False)
 
 
+@contextmanager
+def instead_of_launches(act: Callable) -> Iterator[dict[str, Callable]]:
+    """The operators by name; inside, ``act(kernel, grid, *arguments, **options)`` is called where one is launched."""
+    modules = [import_module(f"{backend.__name__}.{name}") for name in backend._MODULES]
+    with (
+        patch.object(KernelInterface, "__getitem__", lambda kernel, grid: partial(act, kernel, grid)),
+        patch.object(torch.cuda, "current_device", lambda: None),  # the index of device "meta"
+    ):
+        yield {name: function for module in modules for name, function in module.OPERATORS.items()}
+
+
 def build(target: str) -> list[Build]:
     triton.runtime.driver.set_active(Device(TARGETS[target]))
-    torch.cuda.current_device = lambda: None  # the index of device "meta"
-    modules = [import_module(f"{backend.__name__}.{name}") for name in backend._MODULES]
-    operators = {name: function for module in modules for name, function in module.OPERATORS.items()}
     builds: dict[str, Build] = {}
-    run = JITFunction.run
     what: list[str] = []
 
-    def compiled(self, *args, grid, warmup, **kwargs):
+    def compiled(function, grid, *args, **kwargs):
         start = time.perf_counter()
         try:
-            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            kernel = function.run(*args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
-            key, found = f"{what} {self.__name__}", {"error": f"{type(error).__name__}: {error}"}
+            key, found = f"{what} {function.__name__}", {"error": f"{type(error).__name__}: {error}"}
         else:
             if kernel.hash in builds:
                 return
             key, found = kernel.hash, usage(kernel) | maxima(kernel)
         seconds = time.perf_counter() - start
-        builds.setdefault(key, Build(*what, self.__name__, **found, seconds=seconds))
+        builds.setdefault(key, Build(*what, function.__name__, **found, seconds=seconds))
 
-    JITFunction.run = compiled
-    for case in cases(target):
-        for name, arguments in calls(case, operators):
-            if name in operators and (case.operators is None or name in case.operators):
-                what[:] = name, str(case)
-                operators[name](*arguments)
+    with instead_of_launches(compiled) as operators:
+        for case in cases(target):
+            for name, arguments in calls(case, operators):
+                if name in operators and (case.operators is None or name in case.operators):
+                    what[:] = name, str(case)
+                    operators[name](*arguments)
     return list(builds.values())
 
 
