@@ -11,6 +11,9 @@ A kernel takes ``launch + max(bytes / bandwidth, operations / rate, waves * chai
 the memory traffic that cannot be avoided, the tensor cores, and the serial path of one block (load, reductions,
 products, store) times the number of times that the multiprocessors must be filled. The largest term is the limiter.
 
+What the kernels replace is predicted alike from the operators that the stock layer calls (:mod:`benchmarks.aten`), with
+the serial path of a copy for each.
+
 Outside a graph the host makes every launch, and a call takes ``max(sum of its kernels, HOST)``. The host's times need
 no GPU: ``python -m benchmarks.predict host`` measures them.
 """
@@ -21,17 +24,22 @@ import math
 import sys
 import timeit
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
 
-from shvit_kernels import ops
+from shvit_kernels import backends, ops
+from shvit_kernels.bench import cases
 from shvit_kernels.models.shvit import IMAGE_SIZE, VARIANTS
 from tests.support import cuda_builds, cuda_hosted, triton_builds
+
+from . import aten
 
 QK_DIM = 16
 
@@ -59,6 +67,20 @@ HOST = {
     "triton": {"shsa": 44, "evaluation": 39, "training step": 216, "shsa_mixer": 55},
 }
 """Microseconds of the host for a call, from :func:`host` on a Zen 4 core; the driver's part is missing."""
+
+CASES = {
+    "evaluation": ("op", cases.EVALUATION),
+    "training step": ("op", cases.TRAINING),
+    "shsa_mixer": ("mixer", cases.EVALUATION),
+}
+"""Suite and mode of the operations that are compared with PyTorch's."""
+PEERS = {"eager": cases.EAGER, "compile": cases.FOLDED}
+"""The contender whose operators are noted; compilation for evaluation folds the batch normalisation as well."""
+SOUGHT = {
+    "triton": {("evaluation", "eager"): 3, ("evaluation", "compile"): 1.5, ("training step", "eager"): 2},
+    "cuda": {("shsa_mixer", "eager"): 5, ("shsa_mixer", "compile"): 2, ("training step", "eager"): 2.5},
+}
+"""How many times the time of ours the peer's is to be at the largest batch, by backend, operation and peer."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +410,41 @@ def predictions(s: Shape, B: int, registers: dict[str, int]) -> dict[str, Operat
     return found
 
 
+@cache
+def all_cases() -> list[cases.Case]:
+    return cases.cases({suite for suite, _ in CASES.values()}, VARIANTS, BATCHES, [torch.float16])
+
+
+def case_of(operation: str, s: Shape, B: int) -> cases.Case:
+    wanted = (*CASES[operation], (B, s.C, s.side, s.side))
+    return next(case for case in all_cases() if (case.suite, case.mode, case.shape) == wanted)
+
+
+def peer(name: str, operation: str, s: Shape, B: int) -> list[aten.Launch]:
+    """What a peer launches in an operation."""
+    case = case_of(operation, s, B)
+    x, dy = (torch.empty(case.shape, dtype=case.dtype, device="meta") for _ in range(2))
+    x.requires_grad_(case.mode == cases.TRAINING)
+    launches = aten.noted(partial(case.step(PEERS[name], "meta"), x, dy))
+    return aten.merged(launches) if name == "compile" else launches
+
+
+def beside(operation: str, s: Shape, B: int) -> list[aten.Launch]:
+    """What our layer launches beside the operator: in a training step it updates the running statistics."""
+    if operation != "training step":
+        return []
+    case = case_of(operation, s, B)
+    layer, x = case.module().to("meta", case.dtype).train(), torch.empty(case.shape, dtype=case.dtype, device="meta")
+    statistics = torch.empty(2, s.projected, device="meta")
+    operators = SimpleNamespace(shsa_train=lambda x, *others: (x, *statistics))
+    with patch.object(backends, "choose", lambda *arguments: operators):
+        return aten.noted(partial(layer, x))
+
+
+def microseconds(launches: list[aten.Launch]) -> float:
+    return sum(LAUNCH + max(each.bytes / BANDWIDTH, each.operations / TENSOR_RATE, COPY) for each in launches)
+
+
 Predicted = dict[str, dict[int, dict[str, Operation]]]
 """By backend, batch and operation."""
 
@@ -417,6 +474,31 @@ def verdict(found: dict[Shape, Predicted]) -> list[str]:
             called = [map(max, pair, host) for pair in graph]
             lines.append(row([operation, s.name, *[winner(*pair) for pair in (*graph, *called)]]))
     return lines
+
+
+def compared() -> Iterator[tuple[str, str]]:
+    """Operations, each with the peers that it is compared with."""
+    for operation, (_, mode) in CASES.items():
+        for name in PEERS:
+            if name == "eager" or mode == cases.EVALUATION:
+                yield operation, name
+
+
+def against_the_peers(found: dict[Shape, Predicted]) -> dict[str, list[str]]:
+    """By backend, how many times the time of ours each peer's is, in a graph."""
+    names = ["operation", "against", "batch", "launches", *[s.name for s in found], "sought"]
+    tables = {backend: head(names) for backend in HOST}
+    for operation, name in compared():
+        for B in BATCHES:
+            theirs = [peer(name, operation, s, B) for s in found]
+            added = [microseconds(beside(operation, s, B)) for s in found]
+            for backend, lines in tables.items():
+                ours = [of[backend][B][operation].microseconds for of in found.values()]
+                ratios = [microseconds(t) / (us + more) for t, us, more in zip(theirs, ours, added, strict=True)]
+                sought = SOUGHT[backend].get((operation, name), "") if B == SHOWN else ""
+                cells = [operation, name, B, len(theirs[0]), *[f"{ratio:.2f}" for ratio in ratios], sought]
+                lines.append(row(cells))
+    return tables
 
 
 def against_the_copy(s: Shape, of: Predicted) -> list[str]:
@@ -472,6 +554,34 @@ def host() -> dict[str, dict[str, float]]:
         return {"cuda": cuda, "triton": timed(operators)}
 
 
+def print_peers(found: dict[Shape, Predicted]) -> None:
+    more = len(beside("training step", next(iter(found)), SHOWN))
+    print("\n## Predicted: against PyTorch\n")
+    print("The time of PyTorch's stock layer over ours, graph against graph, by the model of this page; predicted, not")
+    print(
+        "measured. `shsa_mixer` is compared with the layer of folded weights. A launch of PyTorch takes its bytes, its"
+    )
+    print("products or the serial path of a copy. Launches are the peer's, and sought is what was asked for.")
+    print(
+        "The ratios lean towards PyTorch: its products and reductions are given no longer path than a copy, ours are.\n"
+    )
+    print("- `eager`: every operator of ATen is one launch, and views cost nothing. PyTorch starts several kernels for")
+    print("  some operators, so that its time may be longer.")
+    print(
+        "- `compile`: a lower bound of what `torch.compile` launches, the batch normalisation folded. Matrix products"
+    )
+    print("  and convolutions stay one launch each, and every run of other operators between them is one launch that")
+    print("  reads its inputs and writes its outputs once. Merging a run into a product is not considered.")
+    print(f"- A training step of ours includes the {more} launches by which the layer updates its running statistics;")
+    print(
+        "  elsewhere on this page it is the operator alone. Those launches, and the long serial paths of the backward's"
+    )
+    print("  kernels and sums, are why it stays below what was sought.")
+    for backend, lines in against_the_peers(found).items():
+        print(f"\n## Predicted: `{backend}` against PyTorch\n")
+        print("\n".join(lines))
+
+
 def main() -> None:
     builds = [build for source in cuda_builds.SOURCES for build in cuda_builds.built(source, ARCHITECTURE)]
     registers = {build.kernel: build.registers for build in builds}
@@ -499,6 +609,7 @@ def main() -> None:
     print("\nAutomatic choice does not know what will be replayed from a graph and follows the times call by call. Who")
     print("wins a training step in a graph is open until a GPU has measured it: the model may be off by more.\n")
     print("\n".join(verdict(found)))
+    print_peers(found)
     for s, of in found.items():
         print(f"\n## Predicted: {s.name}: C = {s.C}, P = {s.P}, {s.side} x {s.side}\n")
         print("`triton` in a graph beside `y.copy_(x)` and beside `cuda`:\n")

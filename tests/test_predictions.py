@@ -1,4 +1,5 @@
-"""benchmarks/results/predictions.md says what the Triton backend launches, and automatic choice does what it says."""
+"""benchmarks/results/predictions.md says what the Triton backend and PyTorch launch, and automatic choice does what it
+says."""
 
 from pathlib import Path
 
@@ -41,3 +42,27 @@ def test_the_page_has_what_triton_launches(B):
         assert [row["launches"], row["KiB moved"], row["M operations"]] == predicted[name].amounts()
         if B == 1:
             assert (row["us"], row["limiter"]) == (f"{predicted[name].microseconds:.1f}", predicted[name].limiter)
+
+
+@pytest.mark.parametrize("backend", predict.HOST)
+def test_the_page_has_the_ratios_to_pytorch(backend):
+    found = {(row["operation"], row["against"], row["batch"]): row for row in rows(f"Predicted: `{backend}` against")}
+    assert found.keys() == {(*each, str(B)) for each in predict.compared() for B in predict.BATCHES}
+    column = "us" if backend == "triton" else "us of cuda"
+    shown = {(row["operation"], row["batch"]): float(row[column]) for row in rows(f"Predicted: {SHAPE.name}")}
+    for (operation, peer, B), row in found.items():
+        theirs, beside = predict.peer(peer, operation, SHAPE, int(B)), predict.beside(operation, SHAPE, int(B))
+        ours = shown[operation, B] + predict.microseconds(beside)
+        assert row["launches"] == str(len(theirs))
+        assert float(row[SHAPE.name]) == pytest.approx(predict.microseconds(theirs) / ours, rel=0.02)
+
+
+def test_merging_leaves_products_alone():
+    B = predict.SHOWN
+    eager, merged = (predict.peer(name, "shsa_mixer", SHAPE, B) for name in predict.PEERS)
+    products = [launch.operations for launch in eager if launch.operations]
+    assert len(eager) == 11  # clone, norm, convolution, product, scale, softmax, product, cat, ReLU, convolution, sum
+    assert [launch.operations for launch in merged] == [0, *products[:2], 0, products[2], 0, products[3], 0]
+    softmax, concatenation = merged[3], merged[5]
+    assert softmax.bytes == 2 * predict.HALF * B * SHAPE.N**2
+    assert concatenation.bytes == 2 * predict.HALF * B * SHAPE.C * SHAPE.N

@@ -24,20 +24,13 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// Lines of memory that a later tile will read, fetched one at each step of K; none where data is null.
-template <class T>
-struct Ahead {
-  const T* data;
-  int64_t step;
-};
-
 // finish(row, vector, values) for each vector of the tile.
 template <class T, int VB, int MR, int NV, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead, Finish finish) {
+SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
-  const auto step = [&]() SHVIT_INLINE_LAMBDA {
+  for (int64_t k = 0; k < K; ++k, ak += a.col_stride, bk += b.row_stride) {
     V row[NV];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
@@ -47,16 +40,6 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
     }
-    ak += a.col_stride;
-    bk += b.row_stride;
-  };
-  if (Finish::kDeep && ahead.data) {
-    for (int64_t k = 0; k < K; ++k) {
-      __builtin_prefetch(ahead.data + k * ahead.step);
-      step();
-    }
-  } else {
-    for (int64_t k = 0; k < K; ++k) step();
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -67,9 +50,8 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<
 
 // The same as a function of its own, so that nothing else takes registers from many sums.
 template <class T, int VB, int MR, int NV, class Finish>
-__attribute__((noinline)) void gemm_tile_apart(int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
-                                               Finish finish) {
-  gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
+__attribute__((noinline)) void gemm_tile_apart(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+  gemm_tile<T, VB, MR, NV>(K, a, b, finish);
 }
 
 // Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
@@ -85,18 +67,17 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, class Finish>
-SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Ahead<T> ahead,
-                               Finish finish) {
+SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, ahead, finish);
+      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, finish);
       return;
     }
   }
   if constexpr (Finish::kDeep) {
-    gemm_tile_apart<T, VB, MR, NV>(K, a, b, ahead, finish);
+    gemm_tile_apart<T, VB, MR, NV>(K, a, b, finish);
   } else {
-    gemm_tile<T, VB, MR, NV>(K, a, b, ahead, finish);
+    gemm_tile<T, VB, MR, NV>(K, a, b, finish);
   }
 }
 
@@ -113,17 +94,15 @@ struct RowsFrom {
   }
 };
 
-// All rows of C in NV vectors of its columns, in tiles of nearly equal height: short tiles wait for their sums.
-// ahead(tile, tiles) says what each tile fetches.
-template <class T, int VB, int NV, class Finish, class Fetch>
-SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish,
-                              Fetch ahead) {
-  constexpr int MR = kTileRows<VB, Finish::kDeep>;
+// All rows of C in NV vectors of its columns, in tiles of nearly equal height, at most MR: short tiles wait for
+// their sums.
+template <class T, int VB, int NV, int MR, class Finish>
+SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   const int64_t tiles = (M + MR - 1) / MR;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t first = M * tile / tiles, end = M * (tile + 1) / tiles;
     gemm_tile_of<T, VB, NV, MR>(end - first, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
-                                ahead(tile, tiles), RowsFrom<Finish>{finish, first});
+                                RowsFrom<Finish>{finish, first});
   }
 }
 
@@ -156,11 +135,10 @@ template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
                                           int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
-  const auto nothing = [](int64_t, int64_t) SHVIT_INLINE_LAMBDA { return Ahead<T>{}; };
   const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value;
-    gemm_column<T, kBytes, decltype(count)::value>(M, K, a, {b + n, ldb, kLanes<T, kBytes>},
-                                                   PanelFinish<T, kBytes>{c + n, ldc, init, bias}, nothing);
+    gemm_column<T, kBytes, decltype(count)::value, kTileRows<kBytes, false>>(
+        M, K, a, {b + n, ldb, kLanes<T, kBytes>}, PanelFinish<T, kBytes>{c + n, ldc, init, bias});
   };
   int64_t n = 0;
   for (; N - n > 2 * W - kStep; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
@@ -203,35 +181,32 @@ struct ColumnsFrom {
 
 // A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N):
 // finish(row, column, values). Sums over K stay in one register.
-//
-// Few rows use each weight a few times only, and the processor does not fetch across pages by itself: then the
-// last tiles of any columns fetch the panels that come next.
-constexpr int64_t kFetchingRows = 64;
-
 template <class T, int VB, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
                               int64_t end, Finish finish) {
   constexpr int64_t W = kLanes<T, VB>;
-  const auto columns = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+  const auto columns = [&](auto bytes, auto count, auto rows, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value, NV = decltype(count)::value, kWidth = kLanes<T, kBytes>;
-    const T* panel = packed + n / kPanel * K * kPanel;
-    const T* next = panel + (NV * kWidth + kPanel - 1) / kPanel * K * kPanel;
-    const auto ahead = [&](int64_t tile, int64_t tiles) SHVIT_INLINE_LAMBDA {
-      const int64_t later = tiles - 1 - tile;
-      return M <= kFetchingRows && later < NV ? Ahead<T>{next + later * K * kPanel, kPanel} : Ahead<T>{};
-    };
-    gemm_column<T, kBytes, NV>(M, K, a, {panel + n % kPanel, kPanel, kWidth < kPanel ? kWidth : K * kPanel},
-                               ColumnsFrom<Finish, kWidth>{finish, n}, ahead);
+    const T* panel = packed + n / kPanel * K * kPanel + n % kPanel;
+    gemm_column<T, kBytes, NV, decltype(rows)::value>(M, K, a,
+                                                      {panel, kPanel, kWidth < kPanel ? kWidth : K * kPanel},
+                                                      ColumnsFrom<Finish, kWidth>{finish, n});
   };
+  using Rows = Count<kTileRows<VB, true>>;
   constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
   int64_t n = begin;
-  for (; end - n > W + kHalf; n += 2 * W) columns(Count<VB>{}, Count<2>{}, n);
+  if constexpr (W == kPanel && Rows::value >= 12) {
+    // Few rows wait for the weights, which come faster from more panels at a time.
+    if (M <= 16)
+      for (; end - n > 3 * W; n += 4 * W) columns(Count<VB>{}, Count<4>{}, Count<4>{}, n);
+  }
+  for (; end - n > W + kHalf; n += 2 * W) columns(Count<VB>{}, Count<2>{}, Rows{}, n);
   if (end - n > kHalf) {
-    columns(Count<VB>{}, Count<1>{}, n);
+    columns(Count<VB>{}, Count<1>{}, Rows{}, n);
     n += W;
   }
   if constexpr (kHalf > 0) {
-    if (n < end) columns(Count<VB / 2>{}, Count<1>{}, n);
+    if (n < end) columns(Count<VB / 2>{}, Count<1>{}, Rows{}, n);
   }
 }
 
