@@ -577,6 +577,7 @@ def print_peers(found: dict[Shape, Predicted]) -> None:
         "  elsewhere on this page it is the operator alone. Those launches, and the long serial paths of the backward's"
     )
     print("  kernels and sums, are why it stays below what was sought.")
+    print("- `shsa_mixer` of `cuda` stays below it where its tensor-core products, on padded tiles, are the limiter.")
     for backend, lines in against_the_peers(found).items():
         print(f"\n## Predicted: `{backend}` against PyTorch\n")
         print("\n".join(lines))
