@@ -94,15 +94,26 @@ struct RowsFrom {
   }
 };
 
-// All rows of C in NV vectors of its columns, in tiles of nearly equal height, at most MR: short tiles wait for
-// their sums.
+// All rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
+// equal height, as short tiles wait for their sums.
 template <class T, int VB, int NV, int MR, class Finish>
 SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
-  const int64_t tiles = (M + MR - 1) / MR;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = M * tile / tiles, end = M * (tile + 1) / tiles;
-    gemm_tile_of<T, VB, NV, MR>(end - first, K, {a.data + first * a.row_stride, a.row_stride, a.col_stride}, b,
-                                RowsFrom<Finish>{finish, first});
+  const auto rows_of_a = [&](int64_t first) SHVIT_INLINE_LAMBDA {
+    return MatrixView<T>{a.data + first * a.row_stride, a.row_stride, a.col_stride};
+  };
+  int64_t first = 0;
+  if constexpr (Finish::kDeep) {
+    const int64_t tiles = (M + MR - 1) / MR;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t end = M * (tile + 1) / tiles;
+      gemm_tile_of<T, VB, NV, MR>(end - first, K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
+      first = end;
+    }
+  } else {
+    for (; first + MR <= M; first += MR)
+      gemm_tile<T, VB, MR, NV>(K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
+    if (first < M)
+      gemm_tile_of<T, VB, NV, MR - 1>(M - first, K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
   }
 }
 
