@@ -4,7 +4,6 @@
 # make bench   measure the operator, the layer and the models
 # make gpu     on a machine with a GPU, with the Python and the packages that are there: build, test and measure the
 #              GPU kernels within BUDGET seconds, results in OUT; make gpu-full without a limit, and with all tests
-# make sanitize  build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run the operators' tests
 # make clean   remove the environment and everything built
 
 PYTHON ?= python3
@@ -45,16 +44,6 @@ format: $(SET_UP)
 	$(BIN)/ruff format .
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-SANITIZED := build/sanitized
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZERS := $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
-sanitize: $(SET_UP)
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r shvit_kernels $(SANITIZED) && rm -f $(SANITIZED)/*/*.so
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
-	OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(SANITIZERS)" PYTHONPATH=$(SANITIZED) \
-	  $(BIN)/pytest -p shvit_kernels -n auto --maxprocesses 8 -k "not compile and not export and not fork" \
-	  tests/test_fused_operators.py tests/test_fuzz.py tests/test_shsa.py tests/test_shsa_train.py tests/test_partial_moments.py
-
 clean:
 	rm -rf $(VENV) build demo shvit_kernels/*.so *.egg-info
 
@@ -70,4 +59,4 @@ $(BUILT): $(SET_UP) pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-.PHONY: run test bench gpu gpu-full lint format sanitize clean
+.PHONY: run test bench gpu gpu-full lint format clean
