@@ -209,15 +209,7 @@ def _conv(module: nn.Module | None, kernel: int, stride: int = 1, depthwise: boo
         return None
     weight, bias = conv.weight.double(), conv.bias
     if bn is not None:
-        flat, bias = eager.fold(
-            weight.flatten(1),
-            bias,
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            bn.eps,
-        )
+        flat, bias = eager.fold(weight.flatten(1), bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
         weight = flat.view(weight.shape)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
@@ -233,7 +225,7 @@ def _residual(module: nn.Module) -> nn.Module | None:
     if not _is(module, "Residual", "m"):
         return None
     inner = module.m
-    if is_stock_shsa(inner) and all(map(is_plain, inner.modules())):
+    if is_stock_shsa(inner) and inner.pre_norm.affine and all(map(is_plain, inner.modules())):
         qkv, proj = _conv(inner.qkv, 1), _conv(inner.proj[1], 1)
         return FusedMixer(inner, qkv, proj) if qkv and proj else None
     if _is(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
@@ -243,8 +235,9 @@ def _residual(module: nn.Module) -> nn.Module | None:
     if conv is None:
         return None
     weight, bias = conv
-    weight[:, :, 1, 1] += 1
-    return FusedDepthwise(weight, bias)
+    identity = torch.zeros_like(weight)
+    identity[:, :, 1, 1] = 1
+    return FusedDepthwise(weight + identity, bias)
 
 
 def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:

@@ -227,13 +227,23 @@ def _gate(model):
     model.stages[1].downsample[2].se.gate = nn.Hardsigmoid()
 
 
+def _norm(model):
+    model.stages[2].blocks[1].mixer.m.pre_norm = nn.GroupNorm(1, 9, affine=False)
+
+
 def _scaled(model):
     torch.nn.utils.parametrizations.weight_norm(model.stages[2].blocks[0].conv.m.c)
 
 
 @pytest.mark.parametrize(
     "change, missing",
-    [(_hook, "FusedMixer"), (_activation, "FusedFFN"), (_gate, "FusedPatchMerging"), (_scaled, "FusedDepthwise")],
+    [
+        (_hook, "FusedMixer"),
+        (_activation, "FusedFFN"),
+        (_gate, "FusedPatchMerging"),
+        (_scaled, "FusedDepthwise"),
+        (_norm, "FusedMixer"),
+    ],
 )
 def test_changed_blocks_keep_their_own_forward(change, missing):
     stock = small_timm().double()
