@@ -9,9 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accelerate import is_stock_shsa
 from .backends import eager, fused
-from .backends.fused import Kind
 from .modules import is_plain
-from .ops import pack
+from .ops import Kind, pack
 
 
 class _Inference(nn.Module):
@@ -21,16 +20,6 @@ class _Inference(nn.Module):
         if mode:
             raise RuntimeError("a fused model is for inference alone: train the model that it was made of, and fuse it")
         return super().train(False)
-
-
-class _FusedLayer(_Inference):
-    """Part of a fused model: its weights are parameters that ask for no gradient."""
-
-    def __init__(self, **weights: Tensor):
-        super().__init__()
-        for name, value in weights.items():
-            self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
-        self.eval()
 
 
 class FusedLayer(_Inference):

@@ -18,7 +18,9 @@ is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1
 keep that format; gradients that were not asked for come back with size [0].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -164,16 +166,30 @@ def _empty_rows(like: Tensor, channels: int, stride: int = 1) -> Tensor:
     return like.new_empty(B, (H + stride - 1) // stride, (W + stride - 1) // stride, channels).permute(0, 3, 1, 2)
 
 
-WEIGHTS_OF_LAYER = (2, 2, 4, 6, 10)
-"""Of each kind of layer in a sequence: conv3x3, depthwise, FFN, mixer, patch merging."""
+class Kind(IntEnum):
+    """The layers that a sequence is made of; the numbers that follow a kind are its settings."""
+
+    CONV3X3 = 0  # relu
+    DEPTHWISE = 1  # stride, relu
+    FFN = 2
+    MIXER = 3  # qk_dim; and two constants, norm_eps and scale
+    PATCH_MERGING = 4
+
+
+_WEIGHTS = {Kind.CONV3X3: 2, Kind.DEPTHWISE: 2, Kind.FFN: 4, Kind.MIXER: 6, Kind.PATCH_MERGING: 10}
+
+
+def layers_of(layers: list[int], weights: list[Tensor]) -> Iterator[tuple[Kind, tuple[int, ...], list[Tensor]]]:
+    """Each layer of a sequence: its kind, its settings and its tensors."""
+    weights = iter(weights)
+    for kind, *settings in zip(*[iter(layers)] * 4, strict=True):
+        yield Kind(kind), tuple(settings), list(islice(weights, _WEIGHTS[kind]))
 
 
 def _fake_sequence(x, weights, layers, constants):
     """The width is that of the last bias, and some kinds of layer halve the sides."""
-    weights = list(weights)
-    for kind, *settings in zip(*[iter(layers)] * 4, strict=True):
-        own, weights = weights[: WEIGHTS_OF_LAYER[kind]], weights[WEIGHTS_OF_LAYER[kind] :]
-        halves = kind in (0, 4) or (kind == 1 and settings[0] == 2)
+    for kind, settings, own in layers_of(layers, weights):
+        halves = kind in (Kind.CONV3X3, Kind.PATCH_MERGING) or (kind == Kind.DEPTHWISE and settings[0] == 2)
         x = _empty_rows(x, own[-1].shape[0], 2 if halves else 1)
     return x
 

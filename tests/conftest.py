@@ -9,7 +9,6 @@ import torch
 from shvit_kernels.backends import native, triton
 from tests.support import cuda, cuda_builds, triton_tier
 from tests.support import native as native_tier
-from tests.support.known import KNOWN_FAILURES
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,13 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the processors
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for start, reason in KNOWN_FAILURES.items():
-            if item.nodeid.startswith(start):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
 
 
 def _native_tier() -> list[str]:

@@ -13,9 +13,9 @@ from torch import nn
 import shvit_kernels
 from shvit_kernels import SHSA, SHViT, accelerate
 from shvit_kernels._randomise import randomise
+from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.stock import StockSHSA, with_stock_layers
 from tests.support.parity import MODES, assert_close, break_attention, evaluation, images, training
-from tests.support.timm_import import timm
 
 StockTimm = timm.models.shvit.SHSA
 NAMES = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")

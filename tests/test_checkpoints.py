@@ -12,9 +12,9 @@ from torch import nn
 
 from shvit_kernels import SHViT, accelerate, create_model, load_checkpoint, shvit_s1
 from shvit_kernels._randomise import randomise
+from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.models.checkpoints import describe
 from tests.support.official import official_state_dict
-from tests.support.timm_import import timm
 
 SMALL = {"embed_dim": (16, 24, 40), "partial_dim": (4, 6, 9), "depth": (1, 2, 2), "num_classes": 5}
 

@@ -117,7 +117,7 @@ def test_preprocessing_crops_the_centre():
 
 
 def test_preprocessing_is_timms():
-    pytest.importorskip("tests.support.timm_import")
+    pytest.importorskip("shvit_kernels.bench.timm_import")
     from timm.data import create_transform
 
     values = torch.randint(0, 256, (333, 517, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

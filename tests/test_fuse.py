@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import shvit_kernels
 from shvit_kernels import SHViT, accelerate, fuse
 from shvit_kernels._randomise import randomise
+from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.fuse import (
     FusedConv3x3,
     FusedDepthwise,
@@ -25,7 +26,6 @@ from shvit_kernels.fuse import (
 from shvit_kernels.models.shvit import Residual
 from tests.support import native as native_tier
 from tests.support.parity import images
-from tests.support.timm_import import timm
 
 NAMES = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SMALL = {"embed_dim": (16, 24, 40), "partial_dim": (4, 6, 9), "depth": (1, 2, 2), "num_classes": 5}

@@ -9,9 +9,9 @@ from torch import nn
 import shvit_kernels
 from shvit_kernels import SHSA, SHViT, create_model
 from shvit_kernels._randomise import randomise
+from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.stock import StockSHSA, with_stock_layers
 from tests.support.parity import MODES, assert_close, break_attention, evaluation, images, training
-from tests.support.timm_import import timm
 
 NATIVE = {"shvit_s1": 224, "shvit_s2": 224, "shvit_s3": 224, "shvit_s4": 256}
 CASES = [*NATIVE.items(), ("shvit_s1", 256), ("shvit_s1", (288, 352)), ("shvit_s1", 512)]

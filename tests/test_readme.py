@@ -16,7 +16,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE
 def test_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if "import timm" in snippet:
-        pytest.importorskip("tests.support.timm_import")
+        pytest.importorskip("shvit_kernels.bench.timm_import")
     if "shvit_s4.pth" in snippet:
         torch.save({"model": shvit_kernels.shvit_s4().state_dict()}, "shvit_s4.pth")
     exec(compile(snippet, "README.md", "exec"), {})

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from shvit_kernels import SHSA, functional, use_backend
 from shvit_kernels._randomise import randomise
+from shvit_kernels.bench.timm_import import timm
 from tests.support import native as native_tier
 from tests.support.numerics import distance, largest, unit_roundoff
 from tests.support.parity import MODES, assert_close, evaluation, training
-from tests.support.timm_import import timm
 
 StockSHSA = timm.models.shvit.SHSA
 

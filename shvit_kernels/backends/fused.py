@@ -5,14 +5,13 @@ Images are ``[B, C, H, W]``, channels_last inside a model.
 """
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import WEIGHTS_OF_LAYER, readable, unpack
+from ..ops import Kind, layers_of, readable, unpack
 from . import choose, cpu, eager
 
 
@@ -87,21 +86,10 @@ def patch_merging(
     return pointwise(x, gate.flatten(1), conv3_weight, conv3_bias, False)
 
 
-class Kind(IntEnum):
-    """The layers that a sequence is made of; the numbers that follow a kind are its settings."""
-
-    CONV3X3 = 0  # relu
-    DEPTHWISE = 1  # stride, relu
-    FFN = 2
-    MIXER = 3  # qk_dim; and two constants, norm_eps and scale
-    PATCH_MERGING = 4
-
-
 def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
     """One layer after the other: each is four integers (a ``Kind``, settings, zeros), tensors and constants."""
-    weights, constants = list(weights), list(constants)
-    for kind, first, second, _ in zip(*[iter(layers)] * 4, strict=True):
-        own, weights = weights[: WEIGHTS_OF_LAYER[kind]], weights[WEIGHTS_OF_LAYER[kind] :]
+    constants = iter(constants)
+    for kind, (first, second, _), own in layers_of(layers, weights):
         if kind == Kind.CONV3X3:
             x = conv3x3(x, *own, bool(first))
         elif kind == Kind.DEPTHWISE:
@@ -109,8 +97,7 @@ def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: lis
         elif kind == Kind.FFN:
             x = ffn(x, *own)
         elif kind == Kind.MIXER:
-            norm_eps, scale, *constants = constants
-            x = mixer(x, *own, first, norm_eps, scale)
+            x = mixer(x, *own, first, next(constants), next(constants))
         else:
             x = patch_merging(x, *own)
     return x

@@ -18,7 +18,7 @@ from .. import backends, functional
 from .._randomise import randomise
 from ..fuse import fuse
 from ..models import create_model
-from ..models.shvit import IMAGE_SIZE, VARIANTS, Residual, _fuse_children
+from ..models.shvit import IMAGE_SIZE, VARIANTS, Residual, fuse_children
 from ..modules import SHSA
 from ..stock import FusedAttentionSHSA, with_stock_layers
 from . import peers
@@ -78,7 +78,7 @@ def _fused(module: nn.Module, mode: str) -> nn.Module:
 
 def _folded(module: nn.Module, mode: str) -> nn.Module:
     module = with_stock_layers(module).eval()
-    _fuse_children(module)
+    fuse_children(module)
     return module
 
 

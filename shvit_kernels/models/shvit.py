@@ -472,13 +472,14 @@ class SHViT(nn.Module):
 
         State-dict keys change as timm's ``fuse`` changes them. Returns the model.
         """
-        _fuse_children(self)
+        fuse_children(self)
         return self
 
 
-def _fuse_children(module: nn.Module) -> None:
+def fuse_children(module: nn.Module) -> None:
+    """Replace every module below this one that has a ``fuse`` by what that returns, in place."""
     for name, child in module.named_children():
         if hasattr(child, "fuse"):
             child = child.fuse()
             setattr(module, name, child)
-        _fuse_children(child)
+        fuse_children(child)
