@@ -15,25 +15,34 @@ namespace shvit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Whether an image tensor [B, C, H, W] is channels_last (and not also NCHW-contiguous).
-inline bool is_channels_last(const Tensor& t) {
-  if (t.is_contiguous()) return false;
+// Whether the memory of an image tensor [B, C, H, W] is [B, H, W, C].
+inline bool has_adjacent_channels(const Tensor& t) {
   const auto size = t.sizes(), stride = t.strides();
   int64_t expected = 1;
   for (const int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(size[d] == 1 || stride[d] == expected,
-                    "image tensors must be NCHW-contiguous or channels_last");
+    if (size[d] != 1 && stride[d] != expected) return false;
     expected *= size[d];
   }
   return true;
 }
 
+// Whether an image tensor [B, C, H, W] is channels_last (and not also NCHW-contiguous).
+inline bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  STD_TORCH_CHECK(has_adjacent_channels(t), "image tensors must be NCHW-contiguous or channels_last");
+  return true;
+}
+
+inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W) {
+  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
+  Tensor dense = torch::stable::new_empty(like, {B, H, W, C});
+  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+}
+
 inline Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
   const int64_t B = like.size(0), H = like.size(2), W = like.size(3);
-  if (!channels_last) return torch::stable::new_empty(like, {B, channels, H, W});
-  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
-  Tensor dense = torch::stable::new_empty(like, {B, H, W, channels});
-  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+  if (channels_last) return empty_channels_last(like, B, channels, H, W);
+  return torch::stable::new_empty(like, {B, channels, H, W});
 }
 
 // The gradient of `images`, with C channels; size [0] where not needed.

@@ -27,14 +27,8 @@ struct Conv3x3 {
   static int64_t patch_floats(const Params& a) { return ceil_div(pixels(a), blocks(a).parts) * depth(a); }
 
   static Plan plan(const Params& a) {
-    Plan plan;
-    plan.phases = 1;
-    plan.tasks[0] = a.images * blocks(a).parts;
-    plan.flops = 2 * a.images * pixels(a) * depth(a) * a.outputs;
-    Bump bump(nullptr);
-    bump.take<float>(patch_floats(a));
-    plan.scratch_bytes = bump.used();
-    return plan;
+    return single_phase<float>(a.images * blocks(a).parts, 2 * a.images * pixels(a) * depth(a) * a.outputs,
+                               patch_floats(a));
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
@@ -126,14 +120,8 @@ struct Depthwise {
   static int64_t zeros(const Params& a) { return a.width * a.channels; }
 
   static Plan plan(const Params& a) {
-    Plan plan;
-    plan.phases = 1;
-    plan.tasks[0] = a.images * bands(a).parts;
-    plan.flops = 18 * a.images * out_height(a) * out_width(a) * a.channels;
-    Bump bump(nullptr);
-    bump.take<float>(zeros(a));
-    plan.scratch_bytes = bump.used();
-    return plan;
+    return single_phase<float>(a.images * bands(a).parts,
+                               18 * a.images * out_height(a) * out_width(a) * a.channels, zeros(a));
   }
 
   // A row of zeros stands for those above and below the image.
@@ -218,14 +206,7 @@ struct Pool {
   static constexpr int64_t kRows = 64;  // summed for themselves: sums of sums round less than one long sum
 
   static Plan plan(const Params& a) {
-    Plan plan;
-    plan.phases = 1;
-    plan.tasks[0] = a.images;
-    plan.flops = a.images * a.pixels * a.channels;
-    Bump bump(nullptr);
-    bump.take<float>(a.channels);
-    plan.scratch_bytes = bump.used();
-    return plan;
+    return single_phase<float>(a.images, a.images * a.pixels * a.channels, a.channels);
   }
 
   static void run(const Params& a, int, int64_t image, char* memory) {

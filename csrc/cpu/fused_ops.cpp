@@ -19,8 +19,6 @@ using namespace shvit;
 
 const FusedKernels& kernels() { return current_variant().load()->fused; }
 
-constexpr int64_t kPanel = 16;
-
 // Images [B, C, H, W] whose memory is [B, H, W, C].
 struct Shape {
   int64_t B, C, H, W;
@@ -193,6 +191,9 @@ Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffer
 // Tokens of the last layer that a sequence computes at a time.
 constexpr int64_t kRowsOfChunk = 256;
 
+// The kinds of layer of shvit_kernels/ops.py.
+enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging };
+
 // A sequence of layers, each given by four integers (its kind and settings), tensors and constants.
 class Sequence {
  public:
@@ -241,28 +242,29 @@ class Sequence {
 
   Shape step(const Image& x, const int64_t* layer, size_t& tensor, size_t& constant, Buffers& buffers,
              float* y) const {
-    STD_TORCH_CHECK(layer == layers_.data() || layer[0] == 0 || x.channels_last, "x must be channels_last");
+    STD_TORCH_CHECK(layer == layers_.data() || layer[0] == kConv3x3 || x.channels_last,
+                    "x must be channels_last");
     switch (layer[0]) {
-      case 0: {
+      case kConv3x3: {
         const auto t = next<2>(tensor);
         return conv3x3_step(x, *t[0], *t[1], layer[1] != 0, y);
       }
-      case 1: {
+      case kDepthwise: {
         const auto t = next<2>(tensor);
         return depthwise_step(x, *t[0], *t[1], layer[1], layer[2] != 0, y);
       }
-      case 2: {
+      case kFfn: {
         const auto t = next<4>(tensor);
         return ffn_step(x, *t[0], *t[1], *t[2], *t[3], y);
       }
-      case 3: {
+      case kMixer: {
         const auto t = next<6>(tensor);
         STD_TORCH_CHECK(constant + 2 <= constants_.size(), "the layers take more than ", constants_.size(),
                         " constants");
         constant += 2;
         return mixer_step(x, t.data(), layer[1], constants_[constant - 2], constants_[constant - 1], y);
       }
-      case 4:
+      case kPatchMerging:
         return patch_merging_step(x, next<10>(tensor).data(), buffers, y);
       default:
         STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
@@ -284,17 +286,12 @@ Image image_of(const Tensor& x, bool any_order = false) {
   const Shape s{x.size(0), x.size(1), x.size(2), x.size(3)};
   STD_TORCH_CHECK(s.C * s.H * s.W > 0, "x must have a channel and a pixel");
   const bool planes = any_order && x.is_contiguous();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(planes || x.size(d) == 1 || x.stride(d) == expected, "x must be channels_last");
-    expected *= x.size(d);
-  }
+  STD_TORCH_CHECK(planes || has_adjacent_channels(x), "x must be channels_last");
   return {s, floats(x), !planes};
 }
 
-Tensor empty_rows(const Tensor& like, const Shape& s) {
-  const Tensor dense = torch::stable::new_empty(like, {s.B, s.H, s.W, s.C});
-  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+Tensor empty_images(const Tensor& like, const Shape& s) {
+  return empty_channels_last(like, s.B, s.C, s.H, s.W);
 }
 
 float* result(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr()); }
@@ -302,7 +299,7 @@ float* result(const Tensor& y) { return static_cast<float*>(y.mutable_data_ptr()
 // The result of step(memory or null) as a tensor.
 template <class Step>
 Tensor in_a_tensor(const Tensor& x, Step step) {
-  const Tensor y = empty_rows(x, step(nullptr));
+  const Tensor y = empty_images(x, step(nullptr));
   step(result(y));
   return y;
 }
@@ -349,14 +346,14 @@ Tensor pool(Tensor x) {
 Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
                 std::vector<double> constants) {
   Sequence all(weights, layers, constants);
-  const Image image = image_of(x, !layers.empty() && layers[0] == 0);
+  const Image image = image_of(x, !layers.empty() && layers[0] == kConv3x3);
   Image one = image;
   one.shape.B = 1;
   Buffers measured(nullptr);
   Shape out = all.apply(one, measured, nullptr);
   const int64_t images = image.shape.B, input = one.shape.floats(), output = out.floats();
   out.B = images;
-  const Tensor y = empty_rows(x, out);
+  const Tensor y = empty_images(x, out);
   // Few images at a time: what passes from layer to layer then stays in cache.
   const int64_t most = std::min(images, (kRowsOfChunk - 1) / (out.H * out.W) + 1);
   const Memory memory(sequence_arena(), most * (measured.most() + all.between()), kKeptSequence);

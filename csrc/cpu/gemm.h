@@ -5,9 +5,12 @@
 // or packed weights, 16 columns side by side (`gemm_packed`).
 #pragma once
 
+#include "kernels.h"
 #include "vec.h"
 
 namespace {
+
+using shvit::kPanel;
 
 enum class Init { kZero, kBias, kAccumulate };
 
@@ -24,9 +27,9 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// finish(row, vector, values) for each vector of the tile.
+// finish(row, vector, values) for each vector of the tile, whose rows count from `first`.
 template <class T, int VB, int MR, int NV, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_tile(int64_t first, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
   V acc[MR][NV] = {};
   const T *ak = a.data, *bk = b.data;
@@ -44,14 +47,15 @@ SHVIT_INLINE void gemm_tile(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) finish(i, j, acc[i][j]);
+    for (int j = 0; j < NV; ++j) finish(first + i, j, acc[i][j]);
   }
 }
 
 // The same as a function of its own, so that nothing else takes registers from many sums.
 template <class T, int VB, int MR, int NV, class Finish>
-__attribute__((noinline)) void gemm_tile_apart(int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
-  gemm_tile<T, VB, MR, NV>(K, a, b, finish);
+__attribute__((noinline)) void gemm_tile_apart(int64_t first, int64_t K, MatrixView<T> a, VectorsView<T> b,
+                                               Finish finish) {
+  gemm_tile<T, VB, MR, NV>(first, K, a, b, finish);
 }
 
 // Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
@@ -67,32 +71,20 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, class Finish>
-SHVIT_INLINE void gemm_tile_of(int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b,
+                               Finish finish) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1>(rows, K, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR - 1>(first, rows, K, a, b, finish);
       return;
     }
   }
   if constexpr (Finish::kDeep) {
-    gemm_tile_apart<T, VB, MR, NV>(K, a, b, finish);
+    gemm_tile_apart<T, VB, MR, NV>(first, K, a, b, finish);
   } else {
-    gemm_tile<T, VB, MR, NV>(K, a, b, finish);
+    gemm_tile<T, VB, MR, NV>(first, K, a, b, finish);
   }
 }
-
-// A finish whose rows count from `first`.
-template <class Finish>
-struct RowsFrom {
-  static constexpr bool kDeep = Finish::kDeep;
-  Finish finish;
-  int64_t first;
-
-  template <class V>
-  SHVIT_INLINE void operator()(int64_t i, int j, V acc) const {
-    finish(first + i, j, acc);
-  }
-};
 
 // All rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
 // equal height, as short tiles wait for their sums.
@@ -106,14 +98,12 @@ SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView
     const int64_t tiles = (M + MR - 1) / MR;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t end = M * (tile + 1) / tiles;
-      gemm_tile_of<T, VB, NV, MR>(end - first, K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
+      gemm_tile_of<T, VB, NV, MR>(first, end - first, K, rows_of_a(first), b, finish);
       first = end;
     }
   } else {
-    for (; first + MR <= M; first += MR)
-      gemm_tile<T, VB, MR, NV>(K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
-    if (first < M)
-      gemm_tile_of<T, VB, NV, MR - 1>(M - first, K, rows_of_a(first), b, RowsFrom<Finish>{finish, first});
+    for (; first + MR <= M; first += MR) gemm_tile<T, VB, MR, NV>(first, K, rows_of_a(first), b, finish);
+    if (first < M) gemm_tile_of<T, VB, NV, MR - 1>(first, M - first, K, rows_of_a(first), b, finish);
   }
 }
 
@@ -173,9 +163,6 @@ void gemm(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b, int64_t 
                       ldc, i == 0 ? init : Init::kAccumulate, bias);
   }
 }
-
-// Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
-constexpr int64_t kPanel = 16;
 
 // A finish whose vectors count from column `n`.
 template <class Finish, int W>

@@ -82,8 +82,11 @@ struct FoldParams {
   void* workspace;
 };
 
+// Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
+constexpr int64_t kPanel = 16;
+
 // The operators of fused models: float32, images whose channels stand side by side ([B, H, W, C]), packed
-// weights (gemm.h) and a bias for each output.
+// weights and a bias for each output.
 struct Conv3x3Params {
   int64_t images, channels, height, width, outputs;  // stride 2, padding 1
   bool channels_last, relu;                          // of x; y always is

@@ -76,14 +76,8 @@ struct Pointwise {
   static int64_t scratch_floats(const Params& a) { return a.scale ? tasks(a).most_rows() * a.inputs : 0; }
 
   static Plan plan(const Params& a) {
-    Plan plan;
-    plan.phases = 1;
-    plan.tasks[0] = tasks(a).count();
-    plan.flops = 2 * a.images * a.tokens * a.inputs * a.outputs;
-    Bump bump(nullptr);
-    bump.take<float>(scratch_floats(a));
-    plan.scratch_bytes = bump.used();
-    return plan;
+    return single_phase<float>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs,
+                               scratch_floats(a));
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {

@@ -32,6 +32,19 @@ class Bump {
   int64_t used_ = 0;
 };
 
+// A kernel of one phase, whose running tasks have so much scratch.
+template <class T>
+SHVIT_INLINE Plan single_phase(int64_t tasks, int64_t flops, int64_t scratch) {
+  Plan plan;
+  plan.phases = 1;
+  plan.tasks[0] = tasks;
+  plan.flops = flops;
+  Bump bump(nullptr);
+  bump.take<T>(scratch);
+  plan.scratch_bytes = bump.used();
+  return plan;
+}
+
 // One image [C, N] of a tensor in NCHW (token_stride 1) or channels_last (channel_stride 1) order.
 template <class S>
 struct ImageView {
