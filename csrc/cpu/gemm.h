@@ -27,23 +27,39 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
+// What a tile reads of A comes in pieces, each with the rows of B that it meets: those from `b_row` on, in steps of
+// `b_step`. Here it is one piece, all columns of a matrix.
+template <class T>
+struct WholeRows {
+  MatrixView<T> a;
+  int64_t K;
+
+  // visit(piece of A, its depth, b_row, b_step) for the rows from `first` on.
+  template <class Visit>
+  SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
+    visit(MatrixView<T>{a.data + first * a.row_stride, a.row_stride, a.col_stride}, K, 0, 1);
+  }
+};
+
 // finish(row, vector, values) for each vector of the tile, whose rows count from `first`.
-template <class T, int VB, int MR, int NV, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t first, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
+template <class T, int VB, int MR, int NV, class A, class Finish>
+SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
   V acc[MR][NV] = {};
-  const T *ak = a.data, *bk = b.data;
-  for (int64_t k = 0; k < K; ++k, ak += a.col_stride, bk += b.row_stride) {
-    V row[NV];
+  a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
+    const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
+    for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
+      V row[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
+      for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const T s = ak[i * a.row_stride];
+      for (int i = 0; i < MR; ++i) {
+        const T s = ak[i * piece.row_stride];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
+        for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
+      }
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -52,10 +68,9 @@ SHVIT_INLINE void gemm_tile(int64_t first, int64_t K, MatrixView<T> a, VectorsVi
 }
 
 // The same as a function of its own, so that nothing else takes registers from many sums.
-template <class T, int VB, int MR, int NV, class Finish>
-__attribute__((noinline)) void gemm_tile_apart(int64_t first, int64_t K, MatrixView<T> a, VectorsView<T> b,
-                                               Finish finish) {
-  gemm_tile<T, VB, MR, NV>(first, K, a, b, finish);
+template <class T, int VB, int MR, int NV, class A, class Finish>
+__attribute__((noinline)) void gemm_tile_apart(int64_t first, A a, VectorsView<T> b, Finish finish) {
+  gemm_tile<T, VB, MR, NV>(first, a, b, finish);
 }
 
 // Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
@@ -70,40 +85,36 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
                                                  : (Deep ? 1 : 4);
 
 // A tile of `rows` rows, at most MR.
-template <class T, int VB, int NV, int MR, class Finish>
-SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, int64_t K, MatrixView<T> a, VectorsView<T> b,
-                               Finish finish) {
+template <class T, int VB, int NV, int MR, class A, class Finish>
+SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, A a, VectorsView<T> b, Finish finish) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1>(first, rows, K, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR - 1>(first, rows, a, b, finish);
       return;
     }
   }
   if constexpr (Finish::kDeep) {
-    gemm_tile_apart<T, VB, MR, NV>(first, K, a, b, finish);
+    gemm_tile_apart<T, VB, MR, NV>(first, a, b, finish);
   } else {
-    gemm_tile<T, VB, MR, NV>(first, K, a, b, finish);
+    gemm_tile<T, VB, MR, NV>(first, a, b, finish);
   }
 }
 
-// All rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
+// All M rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
 // equal height, as short tiles wait for their sums.
-template <class T, int VB, int NV, int MR, class Finish>
-SHVIT_INLINE void gemm_column(int64_t M, int64_t K, MatrixView<T> a, VectorsView<T> b, Finish finish) {
-  const auto rows_of_a = [&](int64_t first) SHVIT_INLINE_LAMBDA {
-    return MatrixView<T>{a.data + first * a.row_stride, a.row_stride, a.col_stride};
-  };
+template <class T, int VB, int NV, int MR, class A, class Finish>
+SHVIT_INLINE void gemm_column(int64_t M, A a, VectorsView<T> b, Finish finish) {
   int64_t first = 0;
   if constexpr (Finish::kDeep) {
     const int64_t tiles = (M + MR - 1) / MR;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t end = M * (tile + 1) / tiles;
-      gemm_tile_of<T, VB, NV, MR>(first, end - first, K, rows_of_a(first), b, finish);
+      gemm_tile_of<T, VB, NV, MR>(first, end - first, a, b, finish);
       first = end;
     }
   } else {
-    for (; first + MR <= M; first += MR) gemm_tile<T, VB, MR, NV>(first, K, rows_of_a(first), b, finish);
-    if (first < M) gemm_tile_of<T, VB, NV, MR - 1>(first, M - first, K, rows_of_a(first), b, finish);
+    for (; first + MR <= M; first += MR) gemm_tile<T, VB, MR, NV>(first, a, b, finish);
+    if (first < M) gemm_tile_of<T, VB, NV, MR - 1>(first, M - first, a, b, finish);
   }
 }
 
@@ -139,7 +150,7 @@ __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, Matri
   const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value;
     gemm_column<T, kBytes, decltype(count)::value, kTileRows<kBytes, false>>(
-        M, K, a, {b + n, ldb, kLanes<T, kBytes>}, PanelFinish<T, kBytes>{c + n, ldc, init, bias});
+        M, WholeRows<T>{a, K}, {b + n, ldb, kLanes<T, kBytes>}, PanelFinish<T, kBytes>{c + n, ldc, init, bias});
   };
   int64_t n = 0;
   for (; N - n > 2 * W - kStep; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
@@ -177,35 +188,30 @@ struct ColumnsFrom {
   }
 };
 
-// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N):
-// finish(row, column, values). Sums over K stay in one register.
-template <class T, int VB, class Finish>
-SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, MatrixView<T> a, const T* packed, int64_t begin,
-                              int64_t end, Finish finish) {
+// Columns of A B, B packed with K rows, NV vectors at a time from column `n` on, while more than `rest` columns are
+// left; returns the next column.
+template <class T, int VB, int MR, int NV, class A, class Finish>
+SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, int64_t n, int64_t end, int64_t rest,
+                                    Finish finish) {
   constexpr int64_t W = kLanes<T, VB>;
-  const auto columns = [&](auto bytes, auto count, auto rows, int64_t n) SHVIT_INLINE_LAMBDA {
-    constexpr int kBytes = decltype(bytes)::value, NV = decltype(count)::value, kWidth = kLanes<T, kBytes>;
+  for (; end - n > rest; n += NV * W) {
     const T* panel = packed + n / kPanel * K * kPanel + n % kPanel;
-    gemm_column<T, kBytes, NV, decltype(rows)::value>(M, K, a,
-                                                      {panel, kPanel, kWidth < kPanel ? kWidth : K * kPanel},
-                                                      ColumnsFrom<Finish, kWidth>{finish, n});
-  };
-  using Rows = Count<kTileRows<VB, true>>;
+    gemm_column<T, VB, NV, MR>(M, a, {panel, kPanel, W < kPanel ? W : K * kPanel},
+                               ColumnsFrom<Finish, W>{finish, n});
+  }
+  return n;
+}
+
+// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N), in tiles
+// of MR rows: finish(row, column, values). Sums over K stay in one register.
+template <class T, int VB, int MR, class A, class Finish>
+SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, A a, const T* packed, int64_t begin, int64_t end,
+                              Finish finish) {
+  constexpr int64_t W = kLanes<T, VB>;
   constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
-  int64_t n = begin;
-  if constexpr (W == kPanel && Rows::value >= 12) {
-    // Few rows wait for the weights, which come faster from more panels at a time.
-    if (M <= 16)
-      for (; end - n > 3 * W; n += 4 * W) columns(Count<VB>{}, Count<4>{}, Count<4>{}, n);
-  }
-  for (; end - n > W + kHalf; n += 2 * W) columns(Count<VB>{}, Count<2>{}, Rows{}, n);
-  if (end - n > kHalf) {
-    columns(Count<VB>{}, Count<1>{}, Rows{}, n);
-    n += W;
-  }
-  if constexpr (kHalf > 0) {
-    if (n < end) columns(Count<VB / 2>{}, Count<1>{}, Rows{}, n);
-  }
+  int64_t n = packed_columns<T, VB, MR, 2>(M, K, a, packed, begin, end, W + kHalf, finish);
+  n = packed_columns<T, VB, MR, 1>(M, K, a, packed, n, end, kHalf, finish);
+  if constexpr (kHalf > 0) packed_columns<T, VB / 2, MR, 1>(M, K, a, packed, n, end, 0, finish);
 }
 
 }  // namespace

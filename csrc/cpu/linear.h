@@ -62,7 +62,13 @@ struct LinearTasks {
 template <int VB>
 __attribute__((noinline)) void linear_rows(int64_t M, int64_t K, MatrixView<float> x, const float* weight,
                                            int64_t begin, int64_t end, LinearFinish finish) {
-  gemm_packed<float, VB>(M, K, x, weight, begin, end, finish);
+  constexpr int W = kLanes<float, VB>, kRows = kTileRows<VB, true>;
+  const WholeRows<float> rows{x, K};
+  if constexpr (W == kPanel && kRows >= 12) {
+    // Few rows wait for the weights, which come faster from more panels at a time.
+    if (M <= 16) begin = packed_columns<float, VB, 4, 4>(M, K, rows, weight, begin, end, 3 * W, finish);
+  }
+  gemm_packed<float, VB, kRows>(M, K, rows, weight, begin, end, finish);
 }
 
 // y = activation(scale * x W + b); the scale is per image and input channel.
