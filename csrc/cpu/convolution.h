@@ -7,98 +7,76 @@ namespace {
 
 SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
-// y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
-// ordered by kernel row, kernel column and channel, and patches that a block of pixels gathers in scratch.
+// y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows ordered
+// by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in scratch with the
+// padding at their ends.
 template <int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params;
-  static constexpr int64_t kPatchFloats = 64 << 10, kFewestPixels = 24, kMostPixels = 128;
+  static constexpr int kTile = kTileRows<VB, true> == 12 ? 14 : kTileRows<VB, true>;  // pixels
+  static constexpr int64_t kBands = 8;  // of an image, for several threads
 
-  static int64_t depth(const Params& a) { return 9 * a.channels; }
-  static int64_t pixels(const Params& a) { return halved(a.height) * halved(a.width); }
-  static Parts blocks(const Params& a) {
-    const int64_t most = max64(kFewestPixels, min64(kMostPixels, kPatchFloats / depth(a)));
-    return {pixels(a), ceil_div(pixels(a), most)};
-  }
-  // Patches lie as the channels of x do: pixel by pixel, or value by value.
-  static int64_t ld(const Params& a) {
-    return a.channels_last ? depth(a) : ceil_div(pixels(a), blocks(a).parts);
-  }
-  static int64_t patch_floats(const Params& a) { return ceil_div(pixels(a), blocks(a).parts) * depth(a); }
+  // A row of x as it lies in scratch: `planes` of (width + 2) pixels of `values` channels.
+  struct Line {
+    int64_t planes, values;
+    explicit Line(const Params& a) : planes(a.channels_last ? 1 : a.channels), values(a.channels_last ? a.channels : 1) {}
+  };
+  static int64_t plane_floats(const Params& a) { return (a.width + 2) * Line(a).values; }
+  static int64_t line_floats(const Params& a) { return plane_floats(a) * Line(a).planes; }
+  static Parts bands(const Params& a) { return {halved(a.height), min64(kBands, halved(a.height))}; }
+
+  // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels.
+  struct Patches {
+    const float* line[3];  // null outside
+    int64_t planes, values, plane_floats;
+
+    template <class Visit>
+    SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        if (!line[ky]) continue;
+        for (int64_t plane = 0; plane < planes; ++plane)
+          visit(MatrixView<float>{line[ky] + plane * plane_floats + 2 * first * values, 2 * values, 1}, 3 * values,
+                3 * ky * planes * values + plane, planes);
+      }
+    }
+  };
 
   static Plan plan(const Params& a) {
-    return single_phase<float>(a.images * blocks(a).parts, 2 * a.images * pixels(a) * depth(a) * a.outputs,
-                               patch_floats(a));
+    return single_phase<float>(a.images * bands(a).parts,
+                               18 * a.images * halved(a.height) * halved(a.width) * a.channels * a.outputs,
+                               3 * line_floats(a));
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
-    const Parts all = blocks(a);
-    const int64_t image = task / all.parts, first = all.begin(task % all.parts),
-                  end = all.end(task % all.parts);
-    float* patches = Bump(memory).take<float>(patch_floats(a));
-    const float* x = a.x + image * a.channels * a.height * a.width;
+    const Parts all = bands(a);
+    const int64_t image = task / all.parts, first = all.begin(task % all.parts), end = all.end(task % all.parts);
     const int64_t columns = halved(a.width);
-    for (int64_t pixel = first; pixel < end;) {  // by rows of the output
-      const int64_t row = pixel / columns, column = pixel % columns,
-                    count = min64(columns - column, end - pixel);
-      if (a.channels_last) {
-        gather_pixels(a, x, row, column, count, patches + (pixel - first) * depth(a));
-      } else {
-        gather_values(a, x, row, column, count, patches + pixel - first);
+    float* lines = Bump(memory).take<float>(3 * line_floats(a));
+    const float* x = a.x + image * a.channels * a.height * a.width;
+    float* y = a.y + image * halved(a.height) * columns * a.outputs;
+    // Row r of x is line r % 3, and stays for the next row of outputs where that reads it too.
+    int64_t read = 2 * first - 1;
+    for (int64_t row = first; row < end; ++row) {
+      for (; read <= 2 * row + 1; ++read)
+        if (read >= 0 && read < a.height) copy_line(a, x, read, lines + read % 3 * line_floats(a));
+      Patches patches{{}, Line(a).planes, Line(a).values, plane_floats(a)};
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        const int64_t from = 2 * row + ky - 1;
+        patches.line[ky] = from >= 0 && from < a.height ? lines + from % 3 * line_floats(a) : nullptr;
       }
-      pixel += count;
-    }
-    const MatrixView<float> view =
-        a.channels_last ? MatrixView<float>{patches, ld(a), 1} : MatrixView<float>{patches, 1, ld(a)};
-    float* y = a.y + (image * pixels(a) + first) * a.outputs;
-    linear_rows<VB>(end - first, depth(a), view, a.weight, 0, a.outputs,
-                    {a.bias, nullptr, y, a.outputs, a.outputs, a.relu ? Activation::kRelu : Activation::kNone});
-  }
-
-  static void gather_pixels(const Params& a, const float* x, int64_t row, int64_t column, int64_t count,
-                            float* patches) {
-    const int64_t C = a.channels;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t ky = 0; ky < 3; ++ky, patches += 3 * C) {
-        const int64_t from_row = 2 * row + ky - 1, from = 2 * (column + i) - 1;
-        const float* source = x + (from_row * a.width + from) * C;
-        if (from_row < 0 || from_row >= a.height) {
-          fill(patches, 3 * C, 0.0f);
-        } else if (from >= 0 && from + 3 <= a.width) {
-          copy_row<VB>(source, patches, 3 * C);
-        } else {
-          for (int64_t kx = 0; kx < 3; ++kx) {
-            if (from + kx >= 0 && from + kx < a.width) {
-              copy_row<VB>(source + kx * C, patches + kx * C, C);
-            } else {
-              fill(patches + kx * C, C, 0.0f);
-            }
-          }
-        }
-      }
+      const LinearFinish finish{a.bias, nullptr, y + row * columns * a.outputs, a.outputs, a.outputs,
+                                a.relu ? Activation::kRelu : Activation::kNone};
+      gemm_packed<float, VB, kTile>(columns, 9 * a.channels, patches, a.weight, 0, a.outputs, finish);
     }
   }
 
-  static void gather_values(const Params& a, const float* x, int64_t row, int64_t column, int64_t count,
-                            float* patches) {
-    const int64_t ld_patches = ld(a);
-    for (int64_t ky = 0; ky < 3; ++ky) {
-      const int64_t from_row = 2 * row + ky - 1;
-      for (int64_t kx = 0; kx < 3; ++kx) {
-        const int64_t from = 2 * column + kx - 1;
-        // Where the image ends on either side.
-        const int64_t before = from < 0 ? 1 : 0, inside = min64(count, (a.width - from + 1) / 2);
-        for (int64_t c = 0; c < a.channels; ++c, patches += ld_patches) {
-          if (from_row < 0 || from_row >= a.height) {
-            fill(patches, count, 0.0f);
-            continue;
-          }
-          const float* source = x + (c * a.height + from_row) * a.width + from;
-          fill(patches, before, 0.0f);
-          for (int64_t i = before; i < inside; ++i) patches[i] = source[2 * i];
-          fill(patches + inside, count - inside, 0.0f);
-        }
-      }
+  static void copy_line(const Params& a, const float* x, int64_t row, float* line) {
+    const Line shape(a);
+    for (int64_t plane = 0; plane < shape.planes; ++plane, line += plane_floats(a)) {
+      const int64_t count = a.width * shape.values;
+      fill(line, shape.values, 0.0f);
+      copy_row<VB>(x + (plane * a.height + row) * count, line + shape.values, count);
+      fill(line + shape.values + count, shape.values, 0.0f);
     }
   }
 };
