@@ -174,9 +174,19 @@ class Kind(IntEnum):
     FFN = 2
     MIXER = 3  # qk_dim; and two constants, norm_eps and scale
     PATCH_MERGING = 4
+    POOL = 5
+    POINTWISE = 6  # relu
 
 
-_WEIGHTS = {Kind.CONV3X3: 2, Kind.DEPTHWISE: 2, Kind.FFN: 4, Kind.MIXER: 6, Kind.PATCH_MERGING: 10}
+_WEIGHTS = {
+    Kind.CONV3X3: 2,
+    Kind.DEPTHWISE: 2,
+    Kind.FFN: 4,
+    Kind.MIXER: 6,
+    Kind.PATCH_MERGING: 10,
+    Kind.POOL: 0,
+    Kind.POINTWISE: 2,
+}
 
 
 def layers_of(layers: list[int], weights: list[Tensor]) -> Iterator[tuple[Kind, tuple[int, ...], list[Tensor]]]:
@@ -189,6 +199,9 @@ def layers_of(layers: list[int], weights: list[Tensor]) -> Iterator[tuple[Kind, 
 def _fake_sequence(x, weights, layers, constants):
     """The width is that of the last bias, and some kinds of layer halve the sides."""
     for kind, settings, own in layers_of(layers, weights):
+        if kind == Kind.POOL:
+            x = _empty_rows(x[:, :, :1, :1], x.shape[1])
+            continue
         halves = kind in (Kind.CONV3X3, Kind.PATCH_MERGING) or (kind == Kind.DEPTHWISE and settings[0] == 2)
         x = _empty_rows(x, own[-1].shape[0], 2 if halves else 1)
     return x

@@ -9,75 +9,129 @@ SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
 // y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows ordered
 // by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in scratch with the
-// padding at their ends.
+// padding at their ends: copied from memory, or made there by the convolution before.
 template <int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params;
   static constexpr int kTile = kTileRows<VB, true> == 12 ? 14 : kTileRows<VB, true>;  // pixels
-  static constexpr int64_t kBands = 8;  // of an image, for several threads
+  // Bands of rows of an image, for several threads. The first row of one makes two rows of its source again.
+  static constexpr int64_t kBands = 8, kRowsWithSource = 7;
 
-  // A row of x as it lies in scratch: `planes` of (width + 2) pixels of `values` channels.
-  struct Line {
-    int64_t planes, values;
-    explicit Line(const Params& a) : planes(a.channels_last ? 1 : a.channels), values(a.channels_last ? a.channels : 1) {}
+  // Rows of x in scratch: `planes` of (width + 2) pixels of `values` channels.
+  struct Lines {
+    int64_t planes, values, plane_floats;
+    explicit Lines(const Params& a)
+        : planes(a.channels_last ? 1 : a.channels),
+          values(a.channels_last ? a.channels : 1),
+          plane_floats((a.width + 2) * values) {}
+    int64_t floats() const { return planes * plane_floats; }
   };
-  static int64_t plane_floats(const Params& a) { return (a.width + 2) * Line(a).values; }
-  static int64_t line_floats(const Params& a) { return plane_floats(a) * Line(a).planes; }
-  static Parts bands(const Params& a) { return {halved(a.height), min64(kBands, halved(a.height))}; }
 
   // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels.
+  template <bool Planar>
   struct Patches {
+    Lines lines;
     const float* line[3];  // null outside
-    int64_t planes, values, plane_floats;
 
     template <class Visit>
     SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
+      const int64_t values = Planar ? 1 : lines.values, planes = Planar ? lines.planes : 1;
       for (int64_t ky = 0; ky < 3; ++ky) {
         if (!line[ky]) continue;
         for (int64_t plane = 0; plane < planes; ++plane)
-          visit(MatrixView<float>{line[ky] + plane * plane_floats + 2 * first * values, 2 * values, 1}, 3 * values,
-                3 * ky * planes * values + plane, planes);
+          visit(
+              MatrixView<float>{line[ky] + plane * lines.plane_floats + 2 * first * values, 2 * values, 1},
+              3 * values, 3 * ky * planes * values + plane, planes);
       }
     }
   };
 
+  // Rows of one image, from the first one asked for on.
+  class Rows {
+   public:
+    Rows(const Params& a, int64_t image, int64_t first, Rows* source, float* memory)
+        : a_(a),
+          lines_(a),
+          x_(source ? nullptr : a.x + image * a.channels * a.height * a.width),
+          read_(max64(0, 2 * first - 1)),
+          source_(source),
+          memory_(memory) {}
+
+    void make(int64_t row, float* y) {
+      for (; read_ < min64(2 * row + 2, a_.height); ++read_) read(line(read_));
+      const float* read[3];
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        const int64_t from = 2 * row + ky - 1;
+        read[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
+      }
+      if (a_.channels_last) {
+        multiply(Patches<false>{lines_, {read[0], read[1], read[2]}}, y);
+      } else {
+        multiply(Patches<true>{lines_, {read[0], read[1], read[2]}}, y);
+      }
+    }
+
+   private:
+    template <class A>
+    void multiply(A patches, float* y) const {
+      gemm_packed<float, VB, kTile>(halved(a_.width), 9 * a_.channels, patches, a_.weight, 0, a_.outputs,
+                                    LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+    }
+
+    // A row of outputs needs the last line of the one before, so three lines take turns.
+    float* line(int64_t row) const { return memory_ + row % 3 * lines_.floats(); }
+
+    void read(float* line) {
+      const int64_t values = lines_.values, count = a_.width * values;
+      for (int64_t plane = 0; plane < lines_.planes; ++plane, line += lines_.plane_floats) {
+        fill(line, values, 0.0f);
+        if (source_) {
+          source_->make(read_, line + values);
+        } else {
+          copy_row<VB>(x_ + (plane * a_.height + read_) * count, line + values, count);
+        }
+        fill(line + values + count, values, 0.0f);
+      }
+    }
+
+    const Params& a_;
+    const Lines lines_;
+    const float* x_;
+    int64_t read_;
+    Rows* source_;
+    float* memory_;
+  };
+
+  static Parts bands(const Params& a) {
+    const int64_t rows = halved(a.height);
+    return {rows, a.source ? ceil_div(rows, kRowsWithSource) : min64(rows, kBands)};
+  }
+  static int64_t lines_floats(const Params& a) { return 3 * Lines(a).floats(); }
+  static int64_t flops(const Params& a) {
+    return 18 * a.images * halved(a.height) * halved(a.width) * a.channels * a.outputs;
+  }
+
   static Plan plan(const Params& a) {
-    return single_phase<float>(a.images * bands(a).parts,
-                               18 * a.images * halved(a.height) * halved(a.width) * a.channels * a.outputs,
-                               3 * line_floats(a));
+    Plan plan = single_phase<float>(a.images * bands(a).parts, flops(a), lines_floats(a));
+    if (a.source) {
+      plan.flops += flops(*a.source);
+      plan.scratch_bytes += single_phase<float>(1, 0, lines_floats(*a.source)).scratch_bytes;
+    }
+    return plan;
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
-    const int64_t image = task / all.parts, first = all.begin(task % all.parts), end = all.end(task % all.parts);
-    const int64_t columns = halved(a.width);
-    float* lines = Bump(memory).take<float>(3 * line_floats(a));
-    const float* x = a.x + image * a.channels * a.height * a.width;
-    float* y = a.y + image * halved(a.height) * columns * a.outputs;
-    // Row r of x is line r % 3, and stays for the next row of outputs where that reads it too.
-    int64_t read = 2 * first - 1;
-    for (int64_t row = first; row < end; ++row) {
-      for (; read <= 2 * row + 1; ++read)
-        if (read >= 0 && read < a.height) copy_line(a, x, read, lines + read % 3 * line_floats(a));
-      Patches patches{{}, Line(a).planes, Line(a).values, plane_floats(a)};
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        const int64_t from = 2 * row + ky - 1;
-        patches.line[ky] = from >= 0 && from < a.height ? lines + from % 3 * line_floats(a) : nullptr;
-      }
-      const LinearFinish finish{a.bias, nullptr, y + row * columns * a.outputs, a.outputs, a.outputs,
-                                a.relu ? Activation::kRelu : Activation::kNone};
-      gemm_packed<float, VB, kTile>(columns, 9 * a.channels, patches, a.weight, 0, a.outputs, finish);
-    }
-  }
-
-  static void copy_line(const Params& a, const float* x, int64_t row, float* line) {
-    const Line shape(a);
-    for (int64_t plane = 0; plane < shape.planes; ++plane, line += plane_floats(a)) {
-      const int64_t count = a.width * shape.values;
-      fill(line, shape.values, 0.0f);
-      copy_row<VB>(x + (plane * a.height + row) * count, line + shape.values, count);
-      fill(line + shape.values + count, shape.values, 0.0f);
-    }
+    const int64_t image = task / all.parts, begin = all.begin(task % all.parts), end = all.end(task % all.parts);
+    const int64_t row_floats = halved(a.width) * a.outputs;
+    Bump bump(memory);
+    float* lines = bump.take<float>(lines_floats(a));
+    const Params& first = a.source ? *a.source : a;
+    Rows source(first, image, max64(0, 2 * begin - 1), nullptr,
+                a.source ? bump.take<float>(lines_floats(first)) : nullptr);
+    Rows rows(a, image, begin, a.source ? &source : nullptr, lines);
+    for (int64_t row = begin; row < end; ++row)
+      rows.make(row, a.y + (image * halved(a.height) + row) * row_floats);
   }
 };
 

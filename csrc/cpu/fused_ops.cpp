@@ -77,15 +77,28 @@ class Buffers {
 // ---------------------------------------------------------------------------------------------------------------
 // Steps
 
-Shape conv3x3_step(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
+Conv3x3Params conv3x3_params(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
   const Shape& s = x.shape;
   const Packed packed(weight, bias, 9 * s.C);
-  if (y) {
-    Conv3x3Params params{s.B,    s.C,           s.H,         s.W, packed.outputs, x.channels_last, relu,
-                         x.data, packed.weight, packed.bias, y,   nullptr};
-    run(kernels().conv3x3, params);
-  }
-  return {s.B, packed.outputs, (s.H + 1) / 2, (s.W + 1) / 2};
+  return {s.B,    s.C,           s.H,         s.W, packed.outputs, x.channels_last, relu,
+          x.data, packed.weight, packed.bias, y,   nullptr,        nullptr};
+}
+
+Shape shape_of(const Conv3x3Params& p) { return {p.images, p.outputs, (p.height + 1) / 2, (p.width + 1) / 2}; }
+
+Shape conv3x3_step(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
+  Conv3x3Params params = conv3x3_params(x, weight, bias, relu, y);
+  if (y) run(kernels().conv3x3, params);
+  return shape_of(params);
+}
+
+// Two of them, the first of which makes its rows as the second needs them.
+Shape conv3x3_pair_step(const Image& x, const Tensor* const tensors[4], bool relu1, bool relu2, float* y) {
+  const Conv3x3Params first = conv3x3_params(x, *tensors[0], *tensors[1], relu1, nullptr);
+  Conv3x3Params second = conv3x3_params({shape_of(first), nullptr}, *tensors[2], *tensors[3], relu2, y);
+  second.source = &first;
+  if (y) run(kernels().conv3x3, second);
+  return shape_of(second);
 }
 
 Shape depthwise_step(const Image& x, const Tensor& weight, const Tensor& bias, int64_t stride, bool relu,
@@ -154,10 +167,13 @@ Shape mixer_step(const Image& x, const Tensor* const tensors[6], int64_t qk_dim,
   return s;
 }
 
-void pool_step(const Image& x, float* y) {
+Shape pool_step(const Image& x, float* y) {
   const Shape& s = x.shape;
-  PoolParams params{s.B, s.H * s.W, s.C, x.data, y, nullptr};
-  run(kernels().pool, params);
+  if (y) {
+    PoolParams params{s.B, s.H * s.W, s.C, x.data, y, nullptr};
+    run(kernels().pool, params);
+  }
+  return {s.B, s.C, 1, 1};
 }
 
 // Tensors: weight and bias of conv1, conv2, fc1, fc2 and conv3.
@@ -188,48 +204,128 @@ Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffer
   return out;
 }
 
-// Tokens of the last layer that a sequence computes at a time.
-constexpr int64_t kRowsOfChunk = 256;
-
 // The kinds of layer of shvit_kernels/ops.py.
-enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging };
+enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging, kPool, kPointwise };
 
 // A sequence of layers, each given by four integers (its kind and settings), tensors and constants.
+//
+// It is cut into segments where images get smaller. A segment takes as many images at a time as keep their tokens in
+// cache, and asks the one before for them: so few images of the first layers and more of the last are at work.
 class Sequence {
  public:
+  // Shapes and sizes, from one image.
   Sequence(const std::vector<Tensor>& weights, const std::vector<int64_t>& layers,
-           const std::vector<double>& constants)
-      : weights_(weights), layers_(layers), constants_(constants) {
+           const std::vector<double>& constants, const Image& x)
+      : weights_(weights), layers_(layers), constants_(constants), x_(x) {
     STD_TORCH_CHECK(!layers.empty() && layers.size() % 4 == 0, "layers must be four integers each, got ",
                     layers.size());
-  }
-
-  // Results between layers alternate between two pieces of memory, whose sizes a first call, of one image and
-  // without memory, finds.
-  Shape apply(Image x, Buffers& buffers, float* y) {
-    const int64_t images = x.shape.B;
-    float* const between[2] = {buffers.take(images * largest_[0]), buffers.take(images * largest_[1])};
+    Image one = x;
+    one.shape.B = 1;
     size_t tensor = 0, constant = 0;
-    for (size_t i = 0; i < layers_.size(); i += 4) {
-      const bool last = i + 4 == layers_.size();
-      float* to = y == nullptr ? nullptr : last ? y : between[i / 4 % 2];
-      x = {step(x, &layers_[i], tensor, constant, buffers, to), to};
-      int64_t& largest = largest_[i / 4 % 2];
-      if (!last) largest = std::max(largest, x.shape.floats() / images);
+    for (size_t begin = 0; begin < layers.size(); begin = segments_.back().end) {
+      segments_.push_back(segment(begin, tensor, constant, one));
+      one = {segments_.back().out, nullptr};
     }
-    STD_TORCH_CHECK(tensor == weights_.size(), "the layers take ", tensor, " weights, got ", weights_.size());
-    return x.shape;
+    STD_TORCH_CHECK(tensor == weights.size(), "the layers take ", tensor, " weights, got ", weights.size());
   }
 
-  // Bytes between layers, of one image.
-  int64_t between() const {
-    Buffers both(nullptr);
-    both.take(largest_[0]);
-    both.take(largest_[1]);
-    return both.used();
+  // Of all images.
+  Shape result() const {
+    Shape s = segments_.back().out;
+    s.B = x_.shape.B;
+    return s;
+  }
+
+  void run(float* y) {
+    Buffers measured(nullptr);
+    const Memory memory(sequence_arena(), lay_out(measured), kKeptSequence);
+    Buffers buffers(memory.data());
+    lay_out(buffers);
+    make(segments_.size() - 1, 0, x_.shape.B, y);
   }
 
  private:
+  // Tokens that a segment takes at a time.
+  static constexpr int64_t kTokens = 256;
+
+  struct Segment {
+    size_t begin, end;        // layers, four integers each
+    size_t tensor, constant;  // its first ones
+    Shape in, out;            // of one image
+    int64_t images;           // at a time
+    int64_t between[2] = {};  // floats of one image: results between layers alternate between two pieces of memory
+    int64_t scratch = 0;      // bytes of one image, of a layer
+    float* input = nullptr;   // made by the segment before
+    char* memory = nullptr;
+  };
+
+  static bool halves(const int64_t* layer) {
+    return layer[0] == kConv3x3 || layer[0] == kPatchMerging || (layer[0] == kDepthwise && layer[1] == 2);
+  }
+
+  // The segment that starts with layer `begin`.
+  Segment segment(size_t begin, size_t& tensor, size_t& constant, Image x) const {
+    Segment s{begin, begin, tensor, constant, x.shape, {}, 0};
+    int64_t tokens = 0;
+    for (int step = 0; s.end < layers_.size() && (step == 0 || !halves(&layers_[s.end])); ++step) {
+      if (step > 0) s.between[step % 2] = std::max(s.between[step % 2], x.shape.floats());
+      Buffers buffers(nullptr);
+      x = {this->step(x, s.end, tensor, constant, buffers, nullptr), nullptr};
+      s.scratch = std::max(s.scratch, buffers.most());
+      if (step == 0) tokens = x.shape.H * x.shape.W;
+    }
+    s.out = x.shape;
+    s.images = std::min(std::max<int64_t>(x_.shape.B, 1), (kTokens - 1) / tokens + 1);
+    return s;
+  }
+
+  // Gives memory to the segments, the same to all for what is between their layers; returns its bytes.
+  int64_t lay_out(Buffers& buffers) {
+    for (Segment& s : segments_)
+      if (s.begin > 0) s.input = buffers.take(s.images * s.in.floats());
+    const int64_t inputs = buffers.used();
+    for (Segment& s : segments_) {
+      s.memory = reinterpret_cast<char*>(buffers.take(0));
+      buffers.take(s.images * s.between[0]);
+      buffers.take(s.images * s.between[1]);
+      buffers.take(s.images * s.scratch / static_cast<int64_t>(sizeof(float)));
+      buffers.give_back_to(inputs);
+    }
+    return buffers.most();
+  }
+
+  // The results of a segment, of `count` images from `first` on.
+  void make(size_t number, int64_t first, int64_t count, float* y) {
+    const Segment& s = segments_[number];
+    for (int64_t done = 0; done < count; done += s.images) {
+      const int64_t images = std::min(s.images, count - done);
+      Image x = x_;
+      if (number == 0) {
+        x.data += (first + done) * s.in.floats();
+      } else {
+        make(number - 1, first + done, images, s.input);
+        x = {s.in, s.input};
+      }
+      x.shape.B = images;
+      apply(s, x, y + done * s.out.floats());
+    }
+  }
+
+  void apply(const Segment& s, Image x, float* y) const {
+    Buffers buffers(s.memory);
+    float* const between[2] = {buffers.take(s.images * s.between[0]), buffers.take(s.images * s.between[1])};
+    size_t layer = s.begin, tensor = s.tensor, constant = s.constant;
+    for (int step = 1; layer < s.end; ++step) {
+      float* to = layer + length(layer) == s.end ? y : between[step % 2];
+      x = {this->step(x, layer, tensor, constant, buffers, to), to};
+    }
+  }
+
+  // Integers of a step: those of one layer, or of both convolutions that a stem starts with.
+  size_t length(size_t layer) const {
+    return layer == 0 && layers_.size() > 4 && layers_[0] == kConv3x3 && layers_[4] == kConv3x3 ? 8 : 4;
+  }
+
   // The next `Count` tensors.
   template <size_t Count>
   std::array<const Tensor*, Count> next(size_t& tensor) const {
@@ -240,12 +336,14 @@ class Sequence {
     return found;
   }
 
-  Shape step(const Image& x, const int64_t* layer, size_t& tensor, size_t& constant, Buffers& buffers,
-             float* y) const {
-    STD_TORCH_CHECK(layer == layers_.data() || layer[0] == kConv3x3 || x.channels_last,
-                    "x must be channels_last");
+  // Runs the layer (or two) at `at`, which then is the next one.
+  Shape step(const Image& x, size_t& at, size_t& tensor, size_t& constant, Buffers& buffers, float* y) const {
+    const int64_t* layer = &layers_[at];
+    const bool pair = length(at) == 8;
+    at += length(at);
     switch (layer[0]) {
       case kConv3x3: {
+        if (pair) return conv3x3_pair_step(x, next<4>(tensor).data(), layer[1] != 0, layer[5] != 0, y);
         const auto t = next<2>(tensor);
         return conv3x3_step(x, *t[0], *t[1], layer[1] != 0, y);
       }
@@ -266,6 +364,12 @@ class Sequence {
       }
       case kPatchMerging:
         return patch_merging_step(x, next<10>(tensor).data(), buffers, y);
+      case kPool:
+        return pool_step(x, y);
+      case kPointwise: {
+        const auto t = next<2>(tensor);
+        return pointwise_step(x, nullptr, *t[0], *t[1], layer[1] != 0 ? Activation::kRelu : Activation::kNone, y);
+      }
       default:
         STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
     }
@@ -274,7 +378,8 @@ class Sequence {
   const std::vector<Tensor>& weights_;
   const std::vector<int64_t>& layers_;
   const std::vector<double>& constants_;
-  int64_t largest_[2] = {};  // floats of one image
+  const Image x_;
+  std::vector<Segment> segments_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -345,25 +450,9 @@ Tensor pool(Tensor x) {
 
 Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
                 std::vector<double> constants) {
-  Sequence all(weights, layers, constants);
-  const Image image = image_of(x, !layers.empty() && layers[0] == kConv3x3);
-  Image one = image;
-  one.shape.B = 1;
-  Buffers measured(nullptr);
-  Shape out = all.apply(one, measured, nullptr);
-  const int64_t images = image.shape.B, input = one.shape.floats(), output = out.floats();
-  out.B = images;
-  const Tensor y = empty_images(x, out);
-  // Few images at a time: what passes from layer to layer then stays in cache.
-  const int64_t most = std::min(images, (kRowsOfChunk - 1) / (out.H * out.W) + 1);
-  const Memory memory(sequence_arena(), most * (measured.most() + all.between()), kKeptSequence);
-  for (int64_t first = 0; first < images; first += most) {
-    Image chunk = image;
-    chunk.shape.B = std::min(most, images - first);
-    chunk.data += first * input;
-    Buffers buffers(memory.data());
-    all.apply(chunk, buffers, result(y) + first * output);
-  }
+  Sequence all(weights, layers, constants, image_of(x, !layers.empty() && layers[0] == kConv3x3));
+  const Tensor y = empty_images(x, all.result());
+  all.run(result(y));
   return y;
 }
 

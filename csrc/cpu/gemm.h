@@ -41,7 +41,7 @@ struct WholeRows {
   }
 };
 
-// finish(row, vector, values) for each vector of the tile, whose rows count from `first`.
+// The sums go to finish(first row, sums).
 template <class T, int VB, int MR, int NV, class A, class Finish>
 SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish) {
   using V = Vec<T, VB>;
@@ -60,16 +60,13 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish)
       }
     }
   });
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) finish(first + i, j, acc[i][j]);
-  }
+  finish(first, acc);
 }
 
 // The same as a function of its own, so that nothing else takes registers from many sums.
 template <class T, int VB, int MR, int NV, class A, class Finish>
-__attribute__((noinline)) void gemm_tile_apart(int64_t first, A a, VectorsView<T> b, Finish finish) {
+__attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
+                                               const Finish& finish) {
   gemm_tile<T, VB, MR, NV>(first, a, b, finish);
 }
 
@@ -135,11 +132,17 @@ struct PanelFinish {
   Init init;
   const T* bias;
 
-  SHVIT_INLINE void operator()(int64_t i, int j, Vec<T, VB> acc) const {
-    using V = Vec<T, VB>;
-    T* p = c + i * ldc + j * kLanes<T, VB>;
-    const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[i] : V{};
-    store(p, start + acc);
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        T* p = c + (first + i) * ldc + j * kLanes<T, VB>;
+        const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[first + i] : V{};
+        store(p, start + acc[i][j]);
+      }
+    }
   }
 };
 
@@ -182,9 +185,9 @@ struct ColumnsFrom {
   Finish finish;
   int64_t n;
 
-  template <class V>
-  SHVIT_INLINE void operator()(int64_t row, int j, V acc) const {
-    finish(row, n + j * W, acc);
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
+    finish(first, n, acc);
   }
 };
 
@@ -203,7 +206,7 @@ SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, 
 }
 
 // A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N), in tiles
-// of MR rows: finish(row, column, values). Sums over K stay in one register.
+// of MR rows: finish(first row, first column, sums). Sums over K stay in one register.
 template <class T, int VB, int MR, class A, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, A a, const T* packed, int64_t begin, int64_t end,
                               Finish finish) {

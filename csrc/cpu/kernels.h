@@ -92,6 +92,7 @@ struct Conv3x3Params {
   bool channels_last, relu;                          // of x; y always is
   const float *x, *weight, *bias;                    // weight: [9 * channels, outputs], packed
   float* y;
+  const Conv3x3Params* source;  // makes x row by row, or null; its y is not used
   void* workspace;
 };
 

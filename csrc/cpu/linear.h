@@ -8,28 +8,55 @@ namespace {
 
 using shvit::Activation;
 
-// Where a product goes: y[row][column] = acc + bias (+ residual), then the activation. Rows of y and of the
-// residual are `ld` values apart and `columns` long.
+// Where a product goes: y[row][column] = bias + sum (+ residual), then ReLU or not. Rows of y and of the residual are
+// `ld` values apart and `columns` long.
 struct LinearFinish {
   static constexpr bool kDeep = true;
   const float *bias, *residual;
   float* y;
   int64_t columns, ld;
-  Activation activation;
+  bool relu;
 
-  template <class V>
-  SHVIT_INLINE void operator()(int64_t row, int64_t column, V v) const {
-    constexpr int VB = sizeof(V);
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t row, int64_t column, V (&acc)[MR][NV]) const {
+    constexpr int W = kLanes<float, sizeof(V)>;
     const int64_t at = row * ld + column, valid = columns - column;
-    const bool whole = valid >= kLanes<float, VB>;
-    v += whole ? load<V>(bias + column) : load_some<VB>(bias + column, valid);
-    if (residual) v += whole ? load<V>(residual + at) : load_some<VB>(residual + at, valid);
-    if (activation == Activation::kRelu) v = max0(v);
-    if (activation == Activation::kSigmoid) v = sigmoid<VB>(v);
-    if (whole) {
-      store(y + at, v);
-    } else {
-      store_some<VB>(y + at, v, valid);
+    V b[NV];  // added last: a large one would cost every partial sum its low bits
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) b[j] = load_up_to<V>(bias + column + j * W, valid - j * W);
+    each(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v += b[j]; });
+    if (residual) {
+      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+        v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W);
+      });
+    }
+    if (relu) each(acc, [&](V& v, int, int) SHVIT_INLINE_LAMBDA { v = max0(v); });
+    if (valid >= NV * W) {
+      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA { store(y + at + i * ld + j * W, v); });
+    } else {  // only the last vector can be cut
+      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+        float* to = y + at + i * ld + j * W;
+        if (j < NV - 1) {
+          store(to, v);
+        } else {
+          store_some<sizeof(V)>(to, v, valid - j * W);
+        }
+      });
+    }
+  }
+
+ private:
+  template <class V>
+  static SHVIT_INLINE V load_up_to(const float* p, int64_t valid) {
+    return valid >= kLanes<float, sizeof(V)> ? load<V>(p) : load_some<sizeof(V)>(p, valid);
+  }
+
+  template <class V, int MR, int NV, class F>
+  static SHVIT_INLINE void each(V (&acc)[MR][NV], F f) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) f(acc[i][j], i, j);
     }
   }
 };
@@ -96,8 +123,12 @@ struct Pointwise {
         multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scaled + row * K, K);
       x = scaled;
     }
-    linear_rows<VB>(rows, K, {x, K, 1}, a.weight, all.first_column(task), all.end_column(task),
-                    {a.bias, nullptr, a.y + first * a.outputs, a.outputs, a.outputs, a.activation});
+    const int64_t begin = all.first_column(task), end = all.end_column(task);
+    float* y = a.y + first * a.outputs;
+    linear_rows<VB>(rows, K, {x, K, 1}, a.weight, begin, end,
+                    {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
+    if (a.activation == Activation::kSigmoid)
+      for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
   }
 };
 
@@ -138,7 +169,7 @@ struct Ffn {
     const LinearTasks all = first(a);
     linear_rows<VB>(all.rows_of(task), a.channels, {a.x + all.first_row(task) * a.channels, a.channels, 1},
                     a.weight1, all.first_column(task), all.end_column(task),
-                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), Activation::kRelu});
+                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
   }
 
   static void contract(const Params& a, int64_t task, const float* hidden) {
@@ -146,7 +177,7 @@ struct Ffn {
     const int64_t at = all.first_row(task) * a.channels;
     linear_rows<VB>(all.rows_of(task), a.hidden, {hidden, hidden_ld(a), 1}, a.weight2, all.first_column(task),
                     all.end_column(task),
-                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, Activation::kNone});
+                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
   }
 };
 

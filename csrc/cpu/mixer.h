@@ -60,7 +60,7 @@ struct Mixer {
       const int64_t at = first * s.C;
       linear_rows<VB>(
           rows, s.C, {attended, s.C, 1}, a.weight, begin, end,
-          {a.bias, static_cast<const float*>(a.attention.x) + at, a.y + at, s.C, s.C, Activation::kNone});
+          {a.bias, static_cast<const float*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
     };
     if (!is_staged(a)) {
       Bump bump(memory);

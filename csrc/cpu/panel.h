@@ -159,6 +159,14 @@ SHVIT_INLINE void multiply_row(const float* a, const float* b, float* dst, int64
   });
 }
 
+template <int VB>
+SHVIT_INLINE void sigmoid_row(float* row, int64_t n) {
+  constexpr int W = kLanes<float, VB>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(row + i, sigmoid<VB>(load<Vec<float, VB>>(row + i)));
+  if (i < n) store_some<VB>(row + i, sigmoid<VB>(load_some<VB>(row + i, n - i)), n - i);
+}
+
 // panel[p][t] of n tokens; the columns up to the next kColumnStep are zero.
 template <int VB, class S, class T>
 SHVIT_INLINE void load_panel(ImageView<const S> x, int64_t P, int64_t n, T* panel, int64_t ld) {

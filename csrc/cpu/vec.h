@@ -52,20 +52,45 @@ SHVIT_INLINE void store(T* p, V v) {
 }
 
 // The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros.
+#if SHVIT_LANE_MASKS  // AVX-512, which this one place uses by name: the compiler would go lane by lane
+template <int VB>
+SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (VB == 64) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  } else {
+    static_assert(VB == 32);
+    return _mm256_maskz_loadu_ps(mask, p);
+  }
+}
+template <int VB>
+SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (VB == 64) {
+    _mm512_mask_storeu_ps(p, mask, v);
+  } else {
+    static_assert(VB == 32);
+    _mm256_mask_storeu_ps(p, mask, v);
+  }
+}
+#else
 template <int VB>
 SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
   float lanes[kLanes<float, VB>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load<Vec<float, VB>>(lanes);
 }
+// Apart: once for each row of a tile it would be most of the tile's code.
+inline __attribute__((noinline)) void copy_lanes(float* p, const float* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
 template <int VB>
 SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
   float lanes[kLanes<float, VB>];
   store(lanes, v);
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) store(p + i, load<Vec<float, 16>>(lanes + i));
-  for (; i < n; ++i) p[i] = lanes[i];
+  copy_lanes(p, lanes, n);
 }
+#endif
 
 // Scalars between storage and compute type; bfloat16 rounds to nearest even and keeps NaN.
 template <class T>

@@ -98,8 +98,12 @@ def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: lis
             x = ffn(x, *own)
         elif kind == Kind.MIXER:
             x = mixer(x, *own, first, next(constants), next(constants))
-        else:
+        elif kind == Kind.PATCH_MERGING:
             x = patch_merging(x, *own)
+        elif kind == Kind.POOL:
+            x = pool(x)[:, :, None, None]
+        else:
+            x = pointwise(x, None, *own, bool(first))
     return x
 
 

@@ -1,8 +1,11 @@
 // avx512: 512-bit vectors, AVX-512 (F, VL, BW, DQ).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 
 #define SHVIT_REGISTER_BYTES (32 * 64)
+#define SHVIT_LANE_MASKS 1
 
 #include "../kernels.h"
 #include "../target.h"
