@@ -1,7 +1,7 @@
 """Whole models for inference: every block of SHViT as a few fused operators."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class FusedLayer(_Inference):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).sequence(x, list(self._parameters.values()), self.code, self.constants)
+        return _run(x, [self])
 
 
 class FusedConv3x3(FusedLayer):
@@ -46,6 +46,10 @@ class FusedConv3x3(FusedLayer):
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
         super().__init__((relu,), weight=pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether ``x`` is an image ``[B, C, H, W]`` of C channels for a compiled kernel."""
+        return x.dim() == 4 and 9 * x.shape[1] == self.weight.shape[1] and fused.operators(x) is fused.NATIVE
 
 
 class FusedDepthwise(FusedLayer):
@@ -105,32 +109,45 @@ class FusedPatchMerging(FusedLayer):
         super().__init__(**weights)
 
 
-class FusedSequence(_Inference):
+class FusedPool(FusedLayer):
+    """Means over the pixels, as an image of one pixel."""
+
+    kind = Kind.POOL
+
+
+_POOL = FusedPool()
+
+
+class FusedLinear(FusedLayer):
+    """A linear layer with batch normalisation before it."""
+
+    kind = Kind.POINTWISE
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__((False,), weight=pack(weight), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, None, None]).flatten(1)
+
+
+def _run(x: Tensor, layers: Sequence[FusedLayer]) -> Tensor:
     """Layers one after the other as one operator; their number is all that a call costs beside their arithmetic."""
+    weights = [t for layer in layers for t in layer._parameters.values()]
+    code = [number for layer in layers for number in layer.code]
+    constants = [value for layer in layers for value in layer.constants]
+    return fused.operators(x).sequence(x, weights, code, constants)
+
+
+class FusedSequence(_Inference):
+    """Layers one after the other as one operator."""
 
     def __init__(self, *layers: FusedLayer):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.code = [number for layer in layers for number in layer.code]
-        self.constants = [value for layer in layers for value in layer.constants]
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [t for layer in self.layers for t in layer._parameters.values()]
-        return fused.operators(x).sequence(x, weights, self.code, self.constants)
-
-
-class FusedLinear(_Inference):
-    """A linear layer with batch normalisation before it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(pack(weight), requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).pointwise(x[:, :, None, None], None, self.weight, self.bias, False).flatten(1)
+        return _run(x, self.layers)
 
 
 class FusedModel(_Inference):
@@ -151,6 +168,11 @@ class FusedModel(_Inference):
             return getattr(model, name)
 
     def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            layers = _whole(self.model)
+            # What does not fit gets the error of the model itself.
+            if layers and isinstance(args[0], Tensor) and layers[0].takes(args[0]):
+                return _run(args[0], layers).flatten(1)
         return self.model(*args, **kwargs)
 
 
@@ -309,6 +331,28 @@ def _layers(module: nn.Module) -> list[FusedLayer] | None:
         return None
     found = [_layers(module._modules[name]) for name in order]
     return None if None in found else [layer for layers in found for layer in layers]
+
+
+def _whole(model: nn.Module) -> list[FusedLayer] | None:
+    """All layers of a SHViT from the stem to the head, read at each call; None if its forward runs anything else."""
+    if type(model).__name__ != "SHViT":
+        return None
+    children = model._modules
+    names = [name for name in children if name not in ("patch_embed", "global_pool", "flatten", "head")]
+    if "global_pool" in children:  # timm
+        pools = getattr(children["global_pool"], "pool_type", "") == "avg" and "flatten" in children
+    else:
+        pools = getattr(model, "global_pool", "avg") == "avg"
+    if not (pools and names in (["stages"], ["blocks1", "blocks2", "blocks3"]) and "head" in children):
+        return None
+    stages = children["stages"] if names == ["stages"] else [children[name] for name in names]
+    parts = [children.get("patch_embed"), *stages, children["head"]]
+    if not all(map(is_plain, (model, *children.values(), *parts))):
+        return None
+    stem, *stages, head = (_layers(part) for part in parts)
+    if not stem or None in (*stages, head):
+        return None
+    return [layer for layers in (stem, *stages, [_POOL], head) for layer in layers]
 
 
 def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
