@@ -7,9 +7,9 @@ namespace {
 
 SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
-// y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows ordered
-// by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in scratch with the
-// padding at their ends: copied from memory, or made there by the convolution before.
+// y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
+// ordered by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in
+// scratch with the padding at their ends: copied from memory, or made there by the convolution before.
 template <int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params;
@@ -39,9 +39,8 @@ struct Conv3x3 {
       for (int64_t ky = 0; ky < 3; ++ky) {
         if (!line[ky]) continue;
         for (int64_t plane = 0; plane < planes; ++plane)
-          visit(
-              MatrixView<float>{line[ky] + plane * lines.plane_floats + 2 * first * values, 2 * values, 1},
-              3 * values, 3 * ky * planes * values + plane, planes);
+          visit(MatrixView<float>{line[ky] + plane * lines.plane_floats + 2 * first * values, 2 * values, 1},
+                3 * values, 3 * ky * planes * values + plane, planes);
       }
     }
   };
@@ -122,7 +121,8 @@ struct Conv3x3 {
 
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
-    const int64_t image = task / all.parts, begin = all.begin(task % all.parts), end = all.end(task % all.parts);
+    const int64_t image = task / all.parts, begin = all.begin(task % all.parts),
+                  end = all.end(task % all.parts);
     const int64_t row_floats = halved(a.width) * a.outputs;
     Bump bump(memory);
     float* lines = bump.take<float>(lines_floats(a));
@@ -135,57 +135,90 @@ struct Conv3x3 {
   }
 };
 
-// y = relu?(conv(x) + b) of each channel alone, 3x3, padding 1, stride 1 or 2; weights [9, C].
+// y = relu?(conv(x) + b) of each channel alone, 3x3, padding 1, stride 1 or 2; weights [9, C]. Rows of x come
+// from memory, or are made in scratch, a band at a time, by the pointwise layer before.
 template <int VB>
 struct Depthwise {
   using Params = shvit::DepthwiseParams;
   using V = Vec<float, VB>;
   static constexpr int W = kLanes<float, VB>;
-  static constexpr int64_t kBandFloats = 32 << 10;
+  static constexpr int64_t kBandFloats = 32 << 10, kSourceFloats = 128 << 10;
 
   static int64_t out_height(const Params& a) { return a.stride == 2 ? halved(a.height) : a.height; }
   static int64_t out_width(const Params& a) { return a.stride == 2 ? halved(a.width) : a.width; }
+  static int64_t row_floats(const Params& a) { return a.width * a.channels; }
   static Parts bands(const Params& a) {
     const int64_t rows = out_height(a);
-    return {rows, min64(rows, ceil_div(rows * out_width(a) * a.channels, kBandFloats))};
+    if (!a.source) return {rows, min64(rows, ceil_div(rows * out_width(a) * a.channels, kBandFloats))};
+    // Neighbours make a row twice, so bands are few.
+    return {rows, ceil_div(rows, max64(1, (kSourceFloats / row_floats(a) - 3) / a.stride + 1))};
   }
-  static int64_t zeros(const Params& a) { return a.width * a.channels; }
+  // Rows of x that a band reads.
+  static int64_t first_source_row(const Params& a, int64_t begin) { return max64(0, a.stride * begin - 1); }
+  static int64_t end_source_row(const Params& a, int64_t end) {
+    return min64(a.height, a.stride * (end - 1) + 2);
+  }
+  static int64_t source_floats(const Params& a) {
+    const Parts all = bands(a);
+    return a.source ? (a.stride * (ceil_div(all.n, all.parts) - 1) + 3) * row_floats(a) : 0;
+  }
 
   static Plan plan(const Params& a) {
-    return single_phase<float>(a.images * bands(a).parts,
-                               18 * a.images * out_height(a) * out_width(a) * a.channels, zeros(a));
+    const int64_t flops = 18 * out_height(a) * out_width(a) * a.channels +
+                          (a.source ? 2 * a.height * a.width * a.source->inputs * a.channels : 0);
+    return single_phase<float>(a.images * bands(a).parts, a.images * flops, row_floats(a) + source_floats(a));
   }
 
   // A row of zeros stands for those above and below the image.
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
     const int64_t image = task / all.parts, band = task % all.parts;
-    float* zero = Bump(memory).take<float>(zeros(a));
-    fill(zero, zeros(a), 0.0f);
+    float* zero = Bump(memory).take<float>(row_floats(a) + source_floats(a));
+    fill(zero, row_floats(a), 0.0f);
+    const Band rows = band_of(a, image, all.begin(band), all.end(band), zero, zero + row_floats(a));
     if (a.stride == 2) {
-      run_band<2>(a, image, all.begin(band), all.end(band), zero);
+      run_band<2>(a, rows);
     } else {
-      run_band<1>(a, image, all.begin(band), all.end(band), zero);
+      run_band<1>(a, rows);
     }
   }
 
+  // Rows of outputs, and where those of x lie, from `first` on.
+  struct Band {
+    int64_t image, begin, end, first;
+    const float *x, *zero;
+  };
+
+  static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const float* zero,
+                      float* made) {
+    if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_floats(a), zero};
+    const int64_t first = first_source_row(a, begin);
+    shvit::PointwiseParams source = *a.source;
+    source.images = 1;
+    source.tokens = (end_source_row(a, end) - first) * a.width;
+    source.x += (image * a.height + first) * a.width * source.inputs;
+    source.y = made;
+    const int64_t tasks = Pointwise<VB>::tasks(source).count();
+    for (int64_t task = 0; task < tasks; ++task) Pointwise<VB>::run(source, 0, task, nullptr);
+    return {image, begin, end, first, made, zero};
+  }
+
   template <int Stride>
-  static void run_band(const Params& a, int64_t image, int64_t begin, int64_t end, const float* zero) {
+  static void run_band(const Params& a, const Band& band) {
     const int64_t C = a.channels;
     int64_t c = 0;
-    for (; c + W <= C; c += W) run_channels<Stride, W>(a, image, begin, end, zero, c, W);
+    for (; c + W <= C; c += W) run_channels<Stride, W>(a, band, c, W);
     if (c == C) return;
     if (C >= W) {
-      run_channels<Stride, W>(a, image, begin, end, zero, C - W, W);  // some a second time
+      run_channels<Stride, W>(a, band, C - W, W);  // some a second time
     } else {
-      run_channels<Stride, 0>(a, image, begin, end, zero, c, C - c);
+      run_channels<Stride, 0>(a, band, c, C - c);
     }
   }
 
   // `valid` channels, W of them where Lanes says so.
   template <int Stride, int Lanes>
-  SHVIT_INLINE static void run_channels(const Params& a, int64_t image, int64_t begin, int64_t end,
-                                        const float* zero, int64_t channel, int64_t valid) {
+  SHVIT_INLINE static void run_channels(const Params& a, const Band& band, int64_t channel, int64_t valid) {
     const int64_t C = a.channels, out = out_width(a);
     const auto get = [&](const float* p)
                          SHVIT_INLINE_LAMBDA { return Lanes == W ? load<V>(p) : load_some<VB>(p, valid); };
@@ -193,15 +226,15 @@ struct Depthwise {
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) w[i] = get(a.weight + i * C + channel);
     const V bias = get(a.bias + channel);
-    const float* x = a.x + image * a.height * a.width * C + channel;
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = band.begin; row < band.end; ++row) {
       const float* from[3];
 #pragma GCC unroll 3
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t source = Stride * row + ky - 1;
-        from[ky] = source < 0 || source >= a.height ? zero + channel : x + source * a.width * C;
+        const bool inside = source >= 0 && source < a.height;
+        from[ky] = (inside ? band.x + (source - band.first) * row_floats(a) : band.zero) + channel;
       }
-      float* y = a.y + ((image * out_height(a) + row) * out) * C + channel;
+      float* y = a.y + ((band.image * out_height(a) + row) * out) * C + channel;
       const auto pixel = [&](int64_t column, auto left, auto right) SHVIT_INLINE_LAMBDA {
         V sum = bias;
         const int64_t at = (Stride * column - 1) * C;

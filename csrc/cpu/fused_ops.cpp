@@ -101,28 +101,32 @@ Shape conv3x3_pair_step(const Image& x, const Tensor* const tensors[4], bool rel
   return shape_of(second);
 }
 
-Shape depthwise_step(const Image& x, const Tensor& weight, const Tensor& bias, int64_t stride, bool relu,
-                     float* y) {
+PointwiseParams pointwise_params(const Image& x, const float* scale, const Tensor& weight, const Tensor& bias,
+                                 Activation activation, float* y) {
   const Shape& s = x.shape;
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  const float *w = parameter("weight", weight, 9 * s.C), *b = parameter("bias", bias, s.C);
-  if (y) {
-    DepthwiseParams params{s.B, s.C, s.H, s.W, stride, relu, x.data, w, b, y, nullptr};
-    run(kernels().depthwise, params);
-  }
-  return {s.B, s.C, (s.H + stride - 1) / stride, (s.W + stride - 1) / stride};
+  const Packed packed(weight, bias, s.C);
+  return {s.B,           s.H * s.W,   s.C, packed.outputs, activation, x.data, scale,
+          packed.weight, packed.bias, y,   nullptr};
 }
 
 Shape pointwise_step(const Image& x, const float* scale, const Tensor& weight, const Tensor& bias,
                      Activation activation, float* y) {
+  PointwiseParams params = pointwise_params(x, scale, weight, bias, activation, y);
+  if (y) run(kernels().pointwise, params);
+  return {x.shape.B, params.outputs, x.shape.H, x.shape.W};
+}
+
+// `source` makes x, or is null.
+Shape depthwise_step(const Image& x, const PointwiseParams* source, const Tensor& weight, const Tensor& bias,
+                     int64_t stride, bool relu, float* y) {
   const Shape& s = x.shape;
-  const Packed packed(weight, bias, s.C);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  const float *w = parameter("weight", weight, 9 * s.C), *b = parameter("bias", bias, s.C);
   if (y) {
-    PointwiseParams params{s.B,           s.H * s.W,   s.C, packed.outputs, activation, x.data, scale,
-                           packed.weight, packed.bias, y,   nullptr};
-    run(kernels().pointwise, params);
+    DepthwiseParams params{s.B, s.C, s.H, s.W, stride, relu, x.data, w, b, y, source, nullptr};
+    run(kernels().depthwise, params);
   }
-  return {s.B, packed.outputs, s.H, s.W};
+  return {s.B, s.C, (s.H + stride - 1) / stride, (s.W + stride - 1) / stride};
 }
 
 Shape ffn_step(const Image& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
@@ -180,10 +184,12 @@ Shape pool_step(const Image& x, float* y) {
 Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffers& buffers, float* y) {
   const auto& t = tensors;
   const int64_t before = buffers.used();
-  const Shape wide = pointwise_step(x, nullptr, *t[0], *t[1], Activation::kRelu, nullptr);
-  float* expanded = buffers.take(wide.floats());
-  const Image hidden{wide, expanded};
-  const Shape small = depthwise_step(hidden, *t[2], *t[3], 2, true, nullptr);
+  // Of one image, what is expanded stays in cache as a whole; of more, a band at a time does.
+  const bool bands = x.shape.B > 1;
+  PointwiseParams expand = pointwise_params(x, nullptr, *t[0], *t[1], Activation::kRelu, nullptr);
+  Image wide{{x.shape.B, expand.outputs, x.shape.H, x.shape.W}, nullptr};
+  if (!bands) wide.data = expand.y = buffers.take(wide.shape.floats());
+  const Shape small = depthwise_step(wide, nullptr, *t[2], *t[3], 2, true, nullptr);
   float *reduced = buffers.take(small.floats()), *means = buffers.take(small.B * small.C),
         *gate = buffers.take(small.B * small.C);
   const Image merged{small, reduced}, pooled{{small.B, small.C, 1, 1}, means};
@@ -193,8 +199,8 @@ Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffer
   const Shape gates = pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, nullptr);
   STD_TORCH_CHECK(gates.C == small.C, "fc2 must have ", small.C, " outputs, got ", gates.C);
   if (y) {
-    pointwise_step(x, nullptr, *t[0], *t[1], Activation::kRelu, expanded);
-    depthwise_step(hidden, *t[2], *t[3], 2, true, reduced);
+    if (!bands) run(kernels().pointwise, expand);
+    depthwise_step(wide, bands ? &expand : nullptr, *t[2], *t[3], 2, true, reduced);
     pool_step(merged, means);
     pointwise_step(pooled, nullptr, *t[4], *t[5], Activation::kRelu, narrow);
     pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, gate);
@@ -209,8 +215,9 @@ enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging, kPool, 
 
 // A sequence of layers, each given by four integers (its kind and settings), tensors and constants.
 //
-// It is cut into segments where images get smaller. A segment takes as many images at a time as keep their tokens in
-// cache, and asks the one before for them: so few images of the first layers and more of the last are at work.
+// It is cut into segments where images get smaller. A segment takes as many images at a time as keep their
+// tokens in cache, and asks the one before for them: so few images of the first layers and more of the last are
+// at work.
 class Sequence {
  public:
   // Shapes and sizes, from one image.
@@ -253,9 +260,10 @@ class Sequence {
     size_t tensor, constant;  // its first ones
     Shape in, out;            // of one image
     int64_t images;           // at a time
-    int64_t between[2] = {};  // floats of one image: results between layers alternate between two pieces of memory
-    int64_t scratch = 0;      // bytes of one image, of a layer
-    float* input = nullptr;   // made by the segment before
+    int64_t between[2] =
+        {};               // floats of one image: results between layers alternate between two pieces of memory
+    int64_t scratch = 0;  // bytes of one image, of a layer
+    float* input = nullptr;  // made by the segment before
     char* memory = nullptr;
   };
 
@@ -349,7 +357,7 @@ class Sequence {
       }
       case kDepthwise: {
         const auto t = next<2>(tensor);
-        return depthwise_step(x, *t[0], *t[1], layer[1], layer[2] != 0, y);
+        return depthwise_step(x, nullptr, *t[0], *t[1], layer[1], layer[2] != 0, y);
       }
       case kFfn: {
         const auto t = next<4>(tensor);
@@ -368,7 +376,8 @@ class Sequence {
         return pool_step(x, y);
       case kPointwise: {
         const auto t = next<2>(tensor);
-        return pointwise_step(x, nullptr, *t[0], *t[1], layer[1] != 0 ? Activation::kRelu : Activation::kNone, y);
+        return pointwise_step(x, nullptr, *t[0], *t[1], layer[1] != 0 ? Activation::kRelu : Activation::kNone,
+                              y);
       }
       default:
         STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
@@ -416,7 +425,8 @@ Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
 
 Tensor depthwise(Tensor x, Tensor weight, Tensor bias, int64_t stride, bool relu) {
   const Image image = image_of(x);
-  return in_a_tensor(x, [&](float* y) { return depthwise_step(image, weight, bias, stride, relu, y); });
+  return in_a_tensor(x,
+                     [&](float* y) { return depthwise_step(image, nullptr, weight, bias, stride, relu, y); });
 }
 
 Tensor pointwise(Tensor x, std::optional<Tensor> scale, Tensor weight, Tensor bias, bool relu) {

@@ -27,8 +27,8 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// What a tile reads of A comes in pieces, each with the rows of B that it meets: those from `b_row` on, in steps of
-// `b_step`. Here it is one piece, all columns of a matrix.
+// What a tile reads of A comes in pieces, each with the rows of B that it meets: those from `b_row` on, in
+// steps of `b_step`. Here it is one piece, all columns of a matrix.
 template <class T>
 struct WholeRows {
   MatrixView<T> a;
@@ -139,7 +139,9 @@ struct PanelFinish {
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         T* p = c + (first + i) * ldc + j * kLanes<T, VB>;
-        const V start = init == Init::kAccumulate ? load<V>(p) : init == Init::kBias ? V{} + bias[first + i] : V{};
+        const V start = init == Init::kAccumulate ? load<V>(p)
+                        : init == Init::kBias     ? V{} + bias[first + i]
+                                                  : V{};
         store(p, start + acc[i][j]);
       }
     }
@@ -191,11 +193,11 @@ struct ColumnsFrom {
   }
 };
 
-// Columns of A B, B packed with K rows, NV vectors at a time from column `n` on, while more than `rest` columns are
-// left; returns the next column.
+// Columns of A B, B packed with K rows, NV vectors at a time from column `n` on, while more than `rest` columns
+// are left; returns the next column.
 template <class T, int VB, int MR, int NV, class A, class Finish>
-SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, int64_t n, int64_t end, int64_t rest,
-                                    Finish finish) {
+SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, int64_t n, int64_t end,
+                                    int64_t rest, Finish finish) {
   constexpr int64_t W = kLanes<T, VB>;
   for (; end - n > rest; n += NV * W) {
     const T* panel = packed + n / kPanel * K * kPanel + n % kPanel;
@@ -205,8 +207,8 @@ SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, 
   return n;
 }
 
-// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N), in tiles
-// of MR rows: finish(first row, first column, sums). Sums over K stay in one register.
+// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N), in
+// tiles of MR rows: finish(first row, first column, sums). Sums over K stay in one register.
 template <class T, int VB, int MR, class A, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, A a, const T* packed, int64_t begin, int64_t end,
                               Finish finish) {

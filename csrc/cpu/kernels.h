@@ -96,14 +96,6 @@ struct Conv3x3Params {
   void* workspace;
 };
 
-struct DepthwiseParams {
-  int64_t images, channels, height, width, stride;  // stride 1 or 2, padding 1
-  bool relu;
-  const float *x, *weight, *bias;  // weight: [9, channels], plain
-  float* y;
-  void* workspace;
-};
-
 enum class Activation { kNone, kRelu, kSigmoid };
 
 struct PointwiseParams {
@@ -111,6 +103,15 @@ struct PointwiseParams {
   Activation activation;
   const float *x, *scale, *weight, *bias;  // scale: [images, inputs] or null
   float* y;
+  void* workspace;
+};
+
+struct DepthwiseParams {
+  int64_t images, channels, height, width, stride;  // stride 1 or 2, padding 1
+  bool relu;
+  const float *x, *weight, *bias;  // weight: [9, channels], plain
+  float* y;
+  const PointwiseParams* source;  // makes x band by band, or null; its y is not used
   void* workspace;
 };
 

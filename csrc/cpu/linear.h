@@ -8,8 +8,8 @@ namespace {
 
 using shvit::Activation;
 
-// Where a product goes: y[row][column] = bias + sum (+ residual), then ReLU or not. Rows of y and of the residual are
-// `ld` values apart and `columns` long.
+// Where a product goes: y[row][column] = bias + sum (+ residual), then ReLU or not. Rows of y and of the
+// residual are `ld` values apart and `columns` long.
 struct LinearFinish {
   static constexpr bool kDeep = true;
   const float *bias, *residual;
@@ -26,9 +26,8 @@ struct LinearFinish {
     for (int j = 0; j < NV; ++j) b[j] = load_up_to<V>(bias + column + j * W, valid - j * W);
     each(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v += b[j]; });
     if (residual) {
-      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-        v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W);
-      });
+      each(acc, [&](V& v, int i, int j)
+                    SHVIT_INLINE_LAMBDA { v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W); });
     }
     if (relu) each(acc, [&](V& v, int, int) SHVIT_INLINE_LAMBDA { v = max0(v); });
     if (valid >= NV * W) {
@@ -176,8 +175,7 @@ struct Ffn {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
     linear_rows<VB>(all.rows_of(task), a.hidden, {hidden, hidden_ld(a), 1}, a.weight2, all.first_column(task),
-                    all.end_column(task),
-                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+                    all.end_column(task), {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
   }
 };
 
