@@ -41,35 +41,6 @@ struct WholeRows {
   }
 };
 
-// The sums go to finish(first row, sums).
-template <class T, int VB, int MR, int NV, class A, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish) {
-  using V = Vec<T, VB>;
-  V acc[MR][NV] = {};
-  a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
-    const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
-    for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
-      V row[NV];
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const T s = ak[i * piece.row_stride];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
-      }
-    }
-  });
-  finish(first, acc);
-}
-
-// The same as a function of its own, so that nothing else takes registers from many sums.
-template <class T, int VB, int MR, int NV, class A, class Finish>
-__attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
-                                               const Finish& finish) {
-  gemm_tile<T, VB, MR, NV>(first, a, b, finish);
-}
-
 // Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
 // of B and a broadcast. Those of panels are shallow: as many as hide the latency of a sum. Macros like
 // __AVX512F__ do not follow the target of a pragma, so each variant says what it has.
@@ -81,25 +52,61 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
                           : kRegisters<VB> >= 8  ? (Deep ? 2 : 4)
                                                  : (Deep ? 1 : 4);
 
+// NV vectors, and half a vector more with Half. The sums go to finish(first row, sums), those of half vectors
+// to finish.behind(NV vectors).
+template <class T, int VB, int MR, int NV, bool Half = false, class A, class Finish>
+SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish) {
+  using V = Vec<T, VB>;
+  using H = Vec<T, Half ? VB / 2 : VB>;
+  V acc[MR][NV] = {};
+  H half_acc[MR][1] = {};
+  a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
+    const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
+    for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
+      V row[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
+      H half_row{};
+      if constexpr (Half) half_row = load<H>(bk + NV * b.vector_stride);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const T s = ak[i * piece.row_stride];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
+        if constexpr (Half) half_acc[i][0] += s * half_row;
+      }
+    }
+  });
+  finish(first, acc);
+  if constexpr (Half) finish.behind(NV)(first, half_acc);
+}
+
+// The same as a function of its own, so that nothing else takes registers from many sums.
+template <class T, int VB, int MR, int NV, class A, class Finish>
+__attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
+                                               const Finish& finish) {
+  gemm_tile<T, VB, MR, NV>(first, a, b, finish);
+}
+
 // A tile of `rows` rows, at most MR.
-template <class T, int VB, int NV, int MR, class A, class Finish>
+template <class T, int VB, int NV, int MR, bool Half = false, class A, class Finish>
 SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, A a, VectorsView<T> b, Finish finish) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1>(first, rows, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR - 1, Half>(first, rows, a, b, finish);
       return;
     }
   }
   if constexpr (Finish::kDeep) {
     gemm_tile_apart<T, VB, MR, NV>(first, a, b, finish);
   } else {
-    gemm_tile<T, VB, MR, NV>(first, a, b, finish);
+    gemm_tile<T, VB, MR, NV, Half>(first, a, b, finish);
   }
 }
 
 // All M rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
 // equal height, as short tiles wait for their sums.
-template <class T, int VB, int NV, int MR, class A, class Finish>
+template <class T, int VB, int NV, int MR, bool Half = false, class A, class Finish>
 SHVIT_INLINE void gemm_column(int64_t M, A a, VectorsView<T> b, Finish finish) {
   int64_t first = 0;
   if constexpr (Finish::kDeep) {
@@ -110,8 +117,8 @@ SHVIT_INLINE void gemm_column(int64_t M, A a, VectorsView<T> b, Finish finish) {
       first = end;
     }
   } else {
-    for (; first + MR <= M; first += MR) gemm_tile<T, VB, MR, NV>(first, a, b, finish);
-    if (first < M) gemm_tile_of<T, VB, NV, MR - 1>(first, M - first, a, b, finish);
+    for (; first + MR <= M; first += MR) gemm_tile<T, VB, MR, NV, Half>(first, a, b, finish);
+    if (first < M) gemm_tile_of<T, VB, NV, MR - 1, Half>(first, M - first, a, b, finish);
   }
 }
 
@@ -138,7 +145,7 @@ struct PanelFinish {
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
-        T* p = c + (first + i) * ldc + j * kLanes<T, VB>;
+        T* p = c + (first + i) * ldc + j * kLanes<T, sizeof(V)>;
         const V start = init == Init::kAccumulate ? load<V>(p)
                         : init == Init::kBias     ? V{} + bias[first + i]
                                                   : V{};
@@ -146,25 +153,32 @@ struct PanelFinish {
       }
     }
   }
+  SHVIT_INLINE PanelFinish behind(int vectors) const { return {c + vectors * kLanes<T, VB>, ldc, init, bias}; }
 };
 
+// Two vectors of columns at a time; the last of them may be half a vector.
 template <class T, int VB>
 __attribute__((noinline)) void gemm_depth(int64_t M, int64_t N, int64_t K, MatrixView<T> a, const T* b,
                                           int64_t ldb, T* c, int64_t ldc, Init init, const T* bias) {
   constexpr int W = kLanes<T, VB>, kStep = kColumnStep<T, VB>;
-  const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+  const auto columns = [&](auto bytes, auto count, auto rows, auto half, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value;
-    gemm_column<T, kBytes, decltype(count)::value, kTileRows<kBytes, false>>(
+    gemm_column<T, kBytes, decltype(count)::value, decltype(rows)::value, decltype(half)::value != 0>(
         M, WholeRows<T>{a, K}, {b + n, ldb, kLanes<T, kBytes>}, PanelFinish<T, kBytes>{c + n, ldc, init, bias});
   };
+  using Rows = Count<kTileRows<VB, false>>;
   int64_t n = 0;
-  for (; N - n > 2 * W - kStep; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
-  if (N - n > W - kStep) {
-    column(Count<VB>{}, Count<1>{}, n);
-    n += W;
-  }
+  for (; N - n > 2 * W - kStep; n += 2 * W) columns(Count<VB>{}, Count<2>{}, Rows{}, Count<0>{}, n);
   if constexpr (kStep < W) {
-    if (N > n) column(Count<VB / 2>{}, Count<1>{}, n);
+    if (N - n > W) {
+      columns(Count<VB>{}, Count<1>{}, Rows{}, Count<1>{}, n);
+    } else if (N - n > kStep) {
+      columns(Count<VB>{}, Count<1>{}, Rows{}, Count<0>{}, n);
+    } else if (N > n) {
+      columns(Count<VB / 2>{}, Count<1>{}, Count<2 * Rows::value>{}, Count<0>{}, n);
+    }
+  } else if (N > n) {
+    columns(Count<VB>{}, Count<1>{}, Rows{}, Count<0>{}, n);
   }
 }
 

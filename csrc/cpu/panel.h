@@ -250,22 +250,34 @@ struct Moments {
   SHVIT_INLINE double rstd(double eps) const { return 1.0 / __builtin_sqrt(squares / count + eps); }
 };
 
+// The same over the P rows of a panel, of f(vector or scalar, row, column): rows are added up lane by lane.
+template <int VB, class T, class F>
+SHVIT_INLINE double sum_panel(int64_t P, int64_t n, F f) {
+  constexpr int W = kLanes<T, VB>;
+  WideSum<T, VB> total;
+  double rest = 0;
+  for (int64_t p = 0; p < P; ++p) {
+    Vec<T, VB> sum{};
+    int64_t t = 0;
+    for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, p, t);
+    total.add(sum);
+    for (; t < n; ++t) rest += f(T(0), p, t);
+  }
+  return total.sum() + rest;
+}
+
 template <int VB, class T>
 SHVIT_INLINE Moments panel_moments(const T* panel, int64_t P, int64_t n, int64_t ld) {
-  double sum = 0, squares = 0;
-  for (int64_t p = 0; p < P; ++p) {
-    const T* row = panel + p * ld;
-    sum += sum_row<VB, T>(n, [&](auto lane, int64_t t) { return load_as(row + t, lane); });
-  }
-  const double count = static_cast<double>(P * n), mean = sum / count;
+  const double count = static_cast<double>(P * n);
+  const double mean =
+      sum_panel<VB, T>(P, n,
+                       [&](auto lane, int64_t p, int64_t t) { return load_as(panel + p * ld + t, lane); }) /
+      count;
   const T centre = static_cast<T>(mean);
-  for (int64_t p = 0; p < P; ++p) {
-    const T* row = panel + p * ld;
-    squares += sum_row<VB, T>(n, [&](auto lane, int64_t t) {
-      const auto d = load_as(row + t, lane) - centre;
-      return d * d;
-    });
-  }
+  const double squares = sum_panel<VB, T>(P, n, [&](auto lane, int64_t p, int64_t t) {
+    const auto d = load_as(panel + p * ld + t, lane) - centre;
+    return d * d;
+  });
   return {count, mean, squares};
 }
 

@@ -154,11 +154,49 @@ SHVIT_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
 
+// Both halves of a vector.
+template <class T, int VB>
+struct Halves {
+  Vec<T, VB / 2> low, high;
+  explicit SHVIT_INLINE Halves(Vec<T, VB> v) {
+    __builtin_memcpy(&low, &v, VB / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + VB / 2, VB / 2);
+  }
+};
+
+// Sums of each lane in double precision.
+template <class T, int VB>
+struct WideSum {
+  Vec<double, VB> low{}, high{};
+  SHVIT_INLINE void add(Vec<T, VB> v) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      low += v;
+    } else {
+      const Halves<T, VB> halves(v);
+      low += __builtin_convertvector(halves.low, Vec<double, VB>);
+      high += __builtin_convertvector(halves.high, Vec<double, VB>);
+    }
+  }
+  SHVIT_INLINE double sum() const { return lanes_sum<VB>(low + high); }
+
+ private:
+  // By halves, which is few instructions, none of which wait for long.
+  template <int Bytes>
+  static SHVIT_INLINE double lanes_sum(Vec<double, Bytes> v) {
+    if constexpr (kLanes<double, Bytes> == 2) {
+      return v[0] + v[1];
+    } else {
+      const Halves<double, Bytes> halves(v);
+      return lanes_sum<Bytes / 2>(halves.low + halves.high);
+    }
+  }
+};
+
 template <class T, int VB>
 SHVIT_INLINE double horizontal_sum(Vec<T, VB> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<T, VB>; ++i) sum += v[i];
-  return sum;
+  WideSum<T, VB> sum;
+  sum.add(v);
+  return sum.sum();
 }
 
 // exp(x) for x <= 0 or NaN, within an ulp; exactly 0 below the logarithm of the smallest normal number.
