@@ -196,6 +196,32 @@ SHVIT_INLINE void map_image(ImageView<const S> src, ImageView<S> dst, int64_t ch
   }
 }
 
+// dst[i] = f(vector or scalar, i) for n contiguous values, each from values at i alone.
+template <int VB, class T, class F>
+SHVIT_INLINE void make_row(T* dst, int64_t n, F f) {
+  constexpr int W = kLanes<T, VB>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, f(Vec<T, VB>{}, i));
+  for (; i < n; ++i) dst[i] = f(T(0), i);
+}
+
+// dst += src for `channels` channels and n tokens of two images in the same order.
+template <int VB, class S>
+SHVIT_INLINE void add_image(ImageView<const S> src, ImageView<S> dst, int64_t channels, int64_t n) {
+  using T = typename ComputeOf<S>::type;
+  constexpr int W = kLanes<T, VB>;
+  const bool by_channel = src.token_stride == 1;
+  const int64_t rows = by_channel ? channels : n, length = by_channel ? n : channels;
+  const int64_t stride = by_channel ? src.channel_stride : src.token_stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* s = src.data + r * stride;
+    S* d = dst.data + r * stride;
+    int64_t i = 0;
+    for (; i + W <= length; i += W) store_narrow<VB>(d + i, load_wide<VB>(d + i) + load_wide<VB>(s + i));
+    for (; i < length; ++i) narrow(d + i, widen(d[i]) + widen(s[i]));
+  }
+}
+
 // dst = gradient where y is positive (or NaN), 0 elsewhere; all three images in the same order.
 template <int VB, class S>
 SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, ImageView<S> dst,

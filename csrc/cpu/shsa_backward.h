@@ -195,11 +195,17 @@ struct ShsaBackward {
   static ImageView<const S> whole(const Params& a, const void* data, int64_t image) {
     return image_view(static_cast<const S*>(data), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
+  // dy or y: whole images, or rows of their first P channels.
+  static ImageView<const S> first(const Params& a, const void* data, int64_t row, int64_t image) {
+    if (!row) return whole(a, data, image);
+    return {static_cast<const S*>(data) + image * a.sizes.N * row, 1, row};
+  }
 
   // normal and z of n tokens, from x1 and the saved statistics.
   static void load_z(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* normal, T* z) {
     const Sizes& s = a.sizes;
-    const auto x1 = image_view(static_cast<const S*>(a.x1), image, s.P, s.N, a.x1_channels_last).at(0, token);
+    const auto x1 =
+        image_view(static_cast<const S*>(a.x1), image, a.x1_channels, s.N, a.x1_channels_last).at(0, token);
     if (!a.norm_weight) {
       load_panel<VB>(x1, s.P, n, z, ld);
       return;
@@ -214,8 +220,8 @@ struct ShsaBackward {
   static void load_dout(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* y, T* dout,
                         T* delta) {
     const Sizes& s = a.sizes;
-    load_panel<VB>(whole(a, a.dy, image).at(0, token), s.P, n, dout, ld);
-    load_panel<VB>(whole(a, a.y, image).at(0, token), s.P, n, y, ld);
+    load_panel<VB>(first(a, a.dy, a.dy_row, image).at(0, token), s.P, n, dout, ld);
+    load_panel<VB>(first(a, a.y, a.y_row, image).at(0, token), s.P, n, y, ld);
     using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
     const Parts depth{s.P, depth_pieces(s.P)};
     for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
@@ -333,6 +339,10 @@ struct ShsaBackward {
     const Sizes& s = a.sizes;
     const auto dx = image_view(static_cast<S*>(a.dx), image, s.C, s.N, a.channels_last).at(0, token);
     store_panel<VB>(dx1, ld, s.P, n, dx);
+    if (a.dy_row) {
+      if (a.residual) add_image<VB>(whole(a, a.residual, image).at(0, token), dx, s.P, n);
+      return;
+    }
     const auto dy = whole(a, a.dy, image).at(s.P, token), y = whole(a, a.y, image).at(s.P, token);
     const auto rest = dx.at(s.P, 0);
     if (a.relu) {

@@ -10,6 +10,7 @@ name = "cpu"
 devices = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+MIXER_TRAIN_DTYPES = (torch.float32, torch.float64)
 
 
 def why_unavailable() -> str | None:
@@ -27,6 +28,18 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
 
 
 shsa, partial_moments, shsa_train, shsa_eval, _ = operators.functions("native")
+
+
+def mixer_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One operator in float32 and float64; in bfloat16 the projection is PyTorch's."""
+    tensors = (x, *rest[:8])
+    if any(t is not None and t.dtype not in MIXER_TRAIN_DTYPES for t in tensors):
+        return eager.mixer_train_after(shsa_train, x, *rest)
+    x = ops.readable(x)
+    if operators.tracks_gradients(*tensors):
+        return ops.MixerTrain.apply(x, *rest)
+    out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
+    return out, *saved[5:]
 
 
 def shsa_mixer(
