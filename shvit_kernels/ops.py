@@ -172,10 +172,9 @@ def _fake_train_backward(dy, y, *rest):
 
 
 def _fake_mixer_train(x, norm_weight, norm_bias, weight, *rest):
-    B, C, H, W = x.shape
     out, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
-    sizes = (weight.shape[:1], weight.shape[:1], (C,), (C,))
-    return out, x.new_empty(B, H * W, C), *statistics, *(x.new_empty(size) for size in sizes)
+    sizes = (weight.shape[:1], weight.shape[:1], x.shape[1:2], x.shape[1:2])
+    return out, torch.empty_like(out), *statistics, *(x.new_empty(size) for size in sizes)
 
 
 def _fake_mixer_train_backward(dout, x, *rest):

@@ -54,19 +54,20 @@ struct ShsaBackwardParams {
   BatchNorm batch_norm;
   void *dx, *dnorm_weight, *dnorm_bias, *dqkv_weight, *dqkv_bias;  // null where not needed
   void *dbn_weight, *dbn_bias;                                     // [O], with batch_norm
-  int64_t x1_channels;        // of the images that x1 are the first channels of
-  int64_t dy_row, y_row;      // if not 0, dy and y hold the first P channels of each token alone, so far apart,
-  const void* residual;       // and dx gets those alone, plus those of this image; null if absent
+  int64_t x1_channels;    // of the images that x1 are the first channels of
+  int64_t dy_row, y_row;  // if not 0, dy and y hold the first P channels of each token alone, so far apart,
+  const void* residual;   // and dx gets those alone, plus those of this image; null if absent
+  void* made_y;           // with y_row, short images: y is made once more and written here, or null
   void* workspace;
 };
 
-// The residual attention layer in training. Tokens are rows of channels in `projected`, [B * N, C].
+// The residual attention layer in training.
 struct MixerTrainForwardParams {
   ShsaForwardParams attention;  // with batch_norm and ReLU; y, y_row and workspace are ours
   bool residual;
   const void* proj_weight;  // [C, C]
   BatchNorm proj_norm;      // of C channels
-  void *projected, *out;
+  void *projected, *out;    // images
   void* workspace;
 };
 

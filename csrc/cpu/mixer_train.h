@@ -1,12 +1,12 @@
-// The residual attention layer in training: out = (x +) BN(W y), y = relu(shsa(x)), both batch normalisations by
-// the statistics of the batch (design section 2, mixer_train).
+// The residual attention layer in training: out = (x +) BN(W y), y = relu(shsa(x)), both batch normalisations
+// by the statistics of the batch (design section 2, mixer_train).
 //
 //     forward    p = W y   n = (p - mean) rstd   out = (x +) gamma n + beta
 //     backward   dgamma = sum dout n   dbeta = sum dout   dp = gamma rstd (dout - (dbeta + n dgamma) / count)
 //                dy = W^T dp   dW = sum dp y^T   dx = dy through the attention (+ dout)
 //
-// Around the projection tokens are rows of channels, whatever the order of the images. The forward keeps p; the
-// backward makes y once more.
+// Around the projection tokens are rows of channels, whatever the order of the images. The forward keeps p, in
+// the order of x; the backward makes y once more.
 #pragma once
 
 #include "shsa_backward.h"
@@ -14,8 +14,8 @@
 
 namespace {
 
-// Blocks of rows that stay in the second-level cache: some short images, or tokens of one long image. Their number
-// is that of the partial sums.
+// Blocks of rows that stay in the second-level cache: some short images, or tokens of one long image. Their
+// number is that of the partial sums.
 struct RowBlocks {
   static constexpr int64_t kMostRows = 128, kFewestRows = 48;
   int64_t B, N, images, parts, count;  // images of a block, or blocks of an image; blocks
@@ -38,6 +38,9 @@ struct RowBlocks {
   }
   int64_t first_row(int64_t i) const { return block(i).image * N + block(i).token; }
 };
+
+// Channels that are turned from rows at a time: so many rows of tokens stay in the first-level cache.
+constexpr int64_t kTurned = 32;
 
 // Rows an odd number of cache lines apart, so that columns do not share cache sets.
 template <class T>
@@ -98,53 +101,76 @@ SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_
   if (transposed) {
     transpose(weight + first * C, C, n, C, to, kPanel);
   } else {
-    for (int64_t k = 0; k < C; ++k)
-      for (int64_t i = 0; i < n; ++i) to[k * kPanel + i] = weight[k * C + first + i];
+    for (int64_t k = 0; k < C; ++k) {
+      if (n == kPanel) {
+        __builtin_memcpy(to + k * kPanel, weight + k * C + first, kPanel * sizeof(T));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[k * kPanel + i] = weight[k * C + first + i];
+      }
+    }
   }
 }
 
-// f(vector or scalar, column) for all columns; some columns come twice.
+// f(vector or scalar, column, row, count) adds `count` rows from `row` on to each column, in steps of rows that
+// hide the latency of a sum and keep the sums short.
 template <int VB, class T, class F>
-SHVIT_INLINE void for_columns(int64_t C, F f) {
-  constexpr int64_t W = kLanes<T, VB>;
-  if (C < W) {
-    for (int64_t c = 0; c < C; ++c) f(T(0), c);
-    return;
+SHVIT_INLINE void over_rows(int64_t n, int64_t C, F f) {
+  int64_t t = 0;
+  for (; t + 4 <= n; t += 4)
+    for_row<T, VB>(C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA { f(lane, c, t, Count<4>{}); });
+  for (; t < n; ++t)
+    for_row<T, VB>(C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA { f(lane, c, t, Count<1>{}); });
+}
+
+// The sum of f(0) to f(N - 1), in pairs.
+template <int N, class F>
+SHVIT_INLINE auto sum_of(F f) {
+  if constexpr (N == 1) {
+    return f(0);
+  } else {
+    return (f(0) + f(1)) + (f(2) + f(3));
   }
-  for (int64_t c = 0; c + W <= C; c += W) f(Vec<T, VB>{}, c);
-  if (C % W) f(Vec<T, VB>{}, C - W);
 }
 
-template <class T, class V>
-SHVIT_INLINE void add_double(V v, double factor, double* to) {
-  T lanes[sizeof(V) / sizeof(T)];
-  store(lanes, v);
-  for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) to[i] += factor * static_cast<double>(lanes[i]);
+template <class T, int VB>
+SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
+  if constexpr (VB > 16) {
+    Vec<T, VB / 2> halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return sum_lanes<T, VB / 2>(halves[0] + halves[1]);
+  } else {
+    T sum = v[0];
+    for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
+    return sum;
+  }
 }
 
-// Mean and sum of squared deviations of each column of n rows.
+// Mean and sum of squared deviations of each column of n rows. `sums`: [3, C].
 template <int VB, class T>
 __attribute__((noinline)) void measure_columns(const ChannelMoments& moments, int64_t block, const T* rows,
-                                               int64_t n, int64_t ld) {
-  double *mean = moments.mean(block), *squares = moments.squares(block);
+                                               int64_t n, int64_t ld, T* sums) {
+  const int64_t C = moments.O;
+  T *centre = sums, *rest = sums + C, *squares = rest + C;
   const T share = T(1) / static_cast<T>(n);
-  for_columns<VB, T>(moments.O, [&](auto lane, int64_t c) {
-    using V = decltype(lane);
-    V sums[2] = {}, more[2] = {}, products[2] = {};  // several short sums round less than a long one
-    for (int64_t t = 0; t < n; ++t) sums[t % 2] += load_as(rows + t * ld + c, lane);
-    const V centre = (sums[0] + sums[1]) * share;
-    for (int64_t t = 0; t < n; ++t) {
-      const V d = load_as(rows + t * ld + c, lane) - centre;
-      more[t % 2] += d;
-      products[t % 2] += d * d;
-    }
-    // What rounding left of the mean in the centred values.
-    const V rest = (more[0] + more[1]) * share;
-    for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) mean[c + i] = squares[c + i] = 0;
-    add_double<T>(centre, 1, mean + c);
-    add_double<T>(rest, 1, mean + c);
-    add_double<T>(products[0] + products[1] - rest * rest * static_cast<T>(n), 1, squares + c);
+  for (int64_t i = 0; i < 3 * C; ++i) sums[i] = 0;
+  over_rows<VB, T>(n, C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+    const auto value = [&](int r) SHVIT_INLINE_LAMBDA { return load_as(rows + (row + r) * ld + c, lane); };
+    store(centre + c, load_as(centre + c, lane) + sum_of<decltype(count)::value>(value));
   });
+  for (int64_t c = 0; c < C; ++c) centre[c] *= share;
+  over_rows<VB, T>(n, C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+    const auto middle = load_as(centre + c, lane);
+    const auto value = [&](int r)
+                           SHVIT_INLINE_LAMBDA { return load_as(rows + (row + r) * ld + c, lane) - middle; };
+    const auto square = [&](int r) SHVIT_INLINE_LAMBDA { return value(r) * value(r); };
+    store(rest + c, load_as(rest + c, lane) + sum_of<decltype(count)::value>(value));
+    store(squares + c, load_as(squares + c, lane) + sum_of<decltype(count)::value>(square));
+  });
+  for (int64_t c = 0; c < C; ++c) {  // with what rounding left of the mean in the centred values
+    const double left = static_cast<double>(rest[c]) * static_cast<double>(share);
+    moments.mean(block)[c] = static_cast<double>(centre[c]) + left;
+    moments.squares(block)[c] = static_cast<double>(squares[c]) - left * left * static_cast<double>(n);
+  }
 }
 
 // ReLU of channels of an image, in rows.
@@ -184,6 +210,14 @@ struct MixerTrainForward {
   }
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
 
+  struct Scratch {
+    T *rows, *projected, *sums;  // [rows of a block, ld] both, [3, C]
+    Scratch(Bump& bump, const Params& a)
+        : rows(bump.take<T>(RowBlocks(sizes(a)).most_rows() * ld(a))),
+          projected(bump.take<T>(RowBlocks(sizes(a)).most_rows() * ld(a))),
+          sums(bump.take<T>(3 * sizes(a).C)) {}
+  };
+
   // Phases: pack, those of the attention, project, statistics, normalise.
   static constexpr int kAttention = 1, kProject = 6, kStatistics = 7, kNormalise = 8;
 
@@ -195,11 +229,12 @@ struct MixerTrainForward {
     plan.phases = 9;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = s.B == 0 ? 0 : ceil_div(s.C, kPanel);
-    for (int phase = 0; phase < attention.phases; ++phase) plan.tasks[kAttention + phase] = attention.tasks[phase];
+    for (int phase = 0; phase < attention.phases; ++phase)
+      plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
     plan.tasks[kStatistics] = 1;
     Bump bump(nullptr);
-    bump.take<T>(RowBlocks(s).most_rows() * ld(a));
+    Scratch(bump, a);
     plan.scratch_bytes = max64(bump.used(), attention.scratch_bytes);
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
     return plan;
@@ -214,24 +249,33 @@ struct MixerTrainForward {
       attention.workspace = workspace.attention;
       Attention::run(attention, phase - kAttention, task, memory);
     }
-    if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
+    Bump bump(memory);
+    if (phase == kProject) project_block(a, task, Scratch(bump, a), workspace);
     if (phase == kStatistics) finish_statistics(a, workspace);
     if (phase == kNormalise) normalise_block(a, task, workspace);
   }
 
-  static void project_block(const Params& a, int64_t task, T* rows, const Workspace& workspace) {
+  static void project_block(const Params& a, int64_t task, const Scratch& scratch, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks(s);
     const auto block = blocks.block(task);
+    T* rows = scratch.rows;
     for (int64_t i = 0; i < block.images; ++i)
       rest_rows<VB>(Attention::x(a.attention, block.image + i).at(s.P, block.token), s.C - s.P, block.n,
                     rows + i * block.n * ld(a) + s.P, ld(a));
     const int64_t first = blocks.first_row(task);
     for (int64_t t = 0; t < block.rows(); ++t)
       map_row<VB>(workspace.attended + (first + t) * s.P, rows + t * ld(a), s.P, Identity{});
-    T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(block.rows(), s.C, rows, ld(a), workspace.packed, {projected, s.C, s.C});
-    measure_columns<VB>(workspace.channels, task, projected, block.rows(), s.C);
+    const bool by_channel = !a.attention.channels_last;
+    T* projected = by_channel ? scratch.projected : static_cast<T*>(a.projected) + first * s.C;
+    const int64_t distance = by_channel ? ld(a) : s.C;
+    product_of_rows<T, VB>(block.rows(), s.C, rows, ld(a), workspace.packed, {projected, s.C, distance});
+    measure_columns<VB>(workspace.channels, task, projected, block.rows(), distance, scratch.sums);
+    if (!by_channel) return;
+    for (int64_t i = 0; i < block.images; ++i)
+      for (int64_t c = 0; c < s.C; c += kTurned)
+        transpose(projected + i * block.n * distance + c, distance, block.n, min64(kTurned, s.C - c),
+                  image_of(a, a.projected, block.image + i, block.token).at(c, 0).data, s.N);
   }
 
   static void finish_statistics(const Params& a, const Workspace& workspace) {
@@ -239,7 +283,8 @@ struct MixerTrainForward {
     const RowBlocks blocks(s);
     T *mean = static_cast<T*>(a.proj_norm.mean), *variance = static_cast<T*>(a.proj_norm.variance);
     if (blocks.count > 0)
-      merge_channels(workspace.channels, blocks.count, [&](int64_t block) { return blocks.block(block).rows(); });
+      merge_channels(workspace.channels, blocks.count,
+                     [&](int64_t block) { return blocks.block(block).rows(); });
     for (int64_t c = 0; c < s.C; ++c) {
       mean[c] = s.B > 0 ? static_cast<T>(workspace.channels.mean(0)[c]) : T(0);
       variance[c] =
@@ -248,34 +293,35 @@ struct MixerTrainForward {
     }
   }
 
+  static ImageView<T> image_of(const Params& a, void* images, int64_t image, int64_t token) {
+    return image_view(static_cast<T*>(images), image, sizes(a).C, sizes(a).N, a.attention.channels_last)
+        .at(0, token);
+  }
+
   static void normalise_block(const Params& a, int64_t task, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const auto block = RowBlocks(s).block(task);
     const T *mean = static_cast<const T*>(a.proj_norm.mean), *beta = static_cast<const T*>(a.proj_norm.bias);
-    const T* projected = static_cast<const T*>(a.projected);
     for (int64_t i = 0; i < block.images; ++i) {
-      const int64_t image = block.image + i;
-      const T* rows = projected + (image * s.N + block.token) * s.C;
-      const auto x = Attention::x(a.attention, image).at(0, block.token);
-      const auto out = image_view(static_cast<T*>(a.out), image, s.C, s.N, a.attention.channels_last).at(0, block.token);
+      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
+      const auto p = image_of(a, a.projected, block.image + i, block.token);
+      const auto out = image_of(a, a.out, block.image + i, block.token);
       if (a.attention.channels_last) {
         for (int64_t t = 0; t < block.n; ++t) {
-          const T *p = rows + t * s.C, *more = x.data + t * s.C;
+          const T *from = p.data + t * s.C, *more = x.data + t * s.C;
           make_row<VB>(out.data + t * s.C, s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
-            auto v = (load_as(p + c, lane) - load_as(mean + c, lane)) * load_as(workspace.factor + c, lane);
+            auto v = (load_as(from + c, lane) - load_as(mean + c, lane)) * load_as(workspace.factor + c, lane);
             if (beta) v += load_as(beta + c, lane);
             return a.residual ? load_as(more + c, lane) + v : v;
           });
         }
         continue;
       }
-      transpose(rows, s.C, block.n, s.C, out.data, out.channel_stride);
       for (int64_t c = 0; c < s.C; ++c) {
-        T* to = out.data + c * out.channel_stride;
-        const T* more = x.data + c * x.channel_stride;
+        const T *from = p.data + c * s.N, *more = x.data + c * s.N;
         const T centre = mean[c], factor = workspace.factor[c], offset = beta ? beta[c] : T(0);
-        make_row<VB>(to, block.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
-          const auto v = (load_as(to + t, lane) - centre) * factor + offset;
+        make_row<VB>(out.data + c * s.N, block.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+          const auto v = (load_as(from + t, lane) - centre) * factor + offset;
           return a.residual ? load_as(more + t, lane) + v : v;
         });
       }
@@ -322,9 +368,9 @@ struct MixerTrainBackward {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *y, *dp, *dattended;           // [B * N, ld] both, [B * N, P]
+    T *y, *dp, *dattended;               // [B * N, ld] both, [B * N, P]
     T *packed, *factor, *shift, *slope;  // the weight, [C] each
-    double* partials;                // [blocks, 2, C]: dbeta, dgamma
+    double* partials;                    // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
         : bump(base),
           attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
@@ -348,6 +394,9 @@ struct MixerTrainBackward {
     return b.dx || b.dnorm_weight || b.dnorm_bias || b.dqkv_weight || b.dbn_weight || b.dbn_bias;
   }
 
+  // The gradients of short images make y in passing.
+  static bool makes_all_y(const Params& a) { return !needs_attention(a) || !Attention::is_short(sizes(a)); }
+
   // Phases: sums over channels, their total, pack, through the projection, y once more, those of the attention,
   // the projection's weight.
   static constexpr int kTotal = 1, kPack = 2, kProject = 3, kForward = 4, kAttention = 9, kWeight = 16;
@@ -365,8 +414,11 @@ struct MixerTrainBackward {
     if (attends && s.B > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
     if (attends || weighs) {
       plan.tasks[kProject] = blocks.count;
-      for (int phase = 0; phase < forward.phases; ++phase) plan.tasks[kForward + phase] = forward.tasks[phase];
-      plan.tasks[kForward + 2] = 0;  // the statistics are known
+      if (makes_all_y(a)) {
+        for (int phase = 0; phase < forward.phases; ++phase)
+          plan.tasks[kForward + phase] = forward.tasks[phase];
+        plan.tasks[kForward + 2] = 0;  // the statistics are known
+      }
     }
     if (attends)
       for (int phase = 0; phase < attention.phases; ++phase)
@@ -374,7 +426,7 @@ struct MixerTrainBackward {
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
     Bump rows(nullptr), sums(nullptr);
     rows.take<T>(blocks.most_rows() * ld(a));
-    sums.take<T>(ceil_div(s.C, weight_parts(s).parts) * sum_ld(a));
+    sums.take<T>(max64(ceil_div(s.C, weight_parts(s).parts), 2) * sum_ld(a));
     plan.scratch_bytes =
         max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
@@ -383,7 +435,7 @@ struct MixerTrainBackward {
 
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Workspace workspace(a.workspace, a);
-    if (phase == 0) sum_block(a, task, workspace);
+    if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase == kTotal) total_channels(a, workspace);
     if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
     if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
@@ -397,53 +449,69 @@ struct MixerTrainBackward {
       auto attention = attention_of(a);
       attention.dy = workspace.dattended;
       attention.y = workspace.y;
+      if (!makes_all_y(a)) attention.made_y = workspace.y;
       attention.workspace = workspace.attention;
       Attention::run(attention, phase - kAttention, task, memory);
     }
     if (phase == kWeight) sum_weight(a, task, Bump(memory).take<T>(0), workspace);
   }
 
-  // Rows of dout: its own, or a copy where dp will be.
-  struct Rows {
-    const T* data;
-    int64_t ld;
-  };
-  static Rows dout_rows(const Params& a, int64_t row, const Workspace& workspace) {
-    if (a.attention.channels_last) return {typed(a.dout) + row * sizes(a).C, sizes(a).C};
-    return {workspace.dp + row * ld(a), ld(a)};
-  }
-
-  static void sum_block(const Params& a, int64_t task, const Workspace& workspace) {
+  static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks(s);
     const auto block = blocks.block(task);
-    const int64_t first = blocks.first_row(task);
-    if (!a.attention.channels_last)
-      for (int64_t i = 0; i < block.images; ++i)
-        transpose(typed(a.dout) + (block.image + i) * s.C * s.N + block.token, s.N, s.C, block.n,
-                  workspace.dp + (first + i * block.n) * ld(a), ld(a));
-    sum_columns(a, dout_rows(a, first, workspace), typed(a.projected) + first * s.C, block.rows(),
-                workspace.partials + task * 2 * s.C);
+    double* dbeta = workspace.partials + task * 2 * s.C;
+    if (a.attention.channels_last) {
+      const int64_t first = blocks.first_row(task) * s.C;
+      sum_columns(a, typed(a.dout) + first, typed(a.projected) + first, block.rows(), sums, dbeta);
+      return;
+    }
+    for (int64_t i = 0; i < 2 * s.C; ++i) dbeta[i] = 0;
+    for (int64_t i = 0; i < block.images; ++i)
+      sum_channels(a, channels_of(a, a.dout, block.image + i, 0, block.token).data,
+                   channels_of(a, a.projected, block.image + i, 0, block.token).data, block.n, dbeta);
   }
 
-  static __attribute__((noinline)) void sum_columns(const Params& a, Rows dout, const T* projected, int64_t n,
-                                                    double* dbeta) {
+  // Of an image in NCHW order.
+  static __attribute__((noinline)) void sum_channels(const Params& a, const T* dout, const T* projected,
+                                                     int64_t n, double* dbeta) {
     const Sizes& s = sizes(a);
     double* dgamma = dbeta + s.C;
-    const T* mean = typed(a.proj_norm.mean);
-    for_columns<VB, T>(s.C, [&](auto lane, int64_t c) {
-      using V = decltype(lane);
-      V sums[2] = {}, products[2] = {};
-      const V centre = load_as(mean + c, lane);
-      for (int64_t t = 0; t < n; ++t) {
-        const V d = load_as(dout.data + t * dout.ld + c, lane);
-        sums[t % 2] += d;
-        products[t % 2] += d * (load_as(projected + t * s.C + c, lane) - centre);
+    for (int64_t c = 0; c < s.C; ++c) {
+      const T *d = dout + c * s.N, *p = projected + c * s.N, centre = typed(a.proj_norm.mean)[c];
+      Vec<T, VB> sums{}, products{};
+      T sum = 0, product = 0;
+      int64_t t = 0;
+      for (; t + W <= n; t += W) {
+        const auto v = load<Vec<T, VB>>(d + t);
+        sums += v;
+        products += v * (load<Vec<T, VB>>(p + t) - centre);
       }
-      for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) dbeta[c + i] = dgamma[c + i] = 0;
-      add_double<T>(sums[0] + sums[1], 1, dbeta + c);
-      add_double<T>(products[0] + products[1], 1, dgamma + c);
+      for (; t < n; ++t) {
+        sum += d[t];
+        product += d[t] * (p[t] - centre);
+      }
+      dbeta[c] += static_cast<double>(sum + sum_lanes<T, VB>(sums));
+      dgamma[c] += static_cast<double>(product + sum_lanes<T, VB>(products));
+    }
+  }
+
+  static __attribute__((noinline)) void sum_columns(const Params& a, const T* dout, const T* projected,
+                                                    int64_t n, T* sums, double* dbeta) {
+    const Sizes& s = sizes(a);
+    const T* mean = typed(a.proj_norm.mean);
+    T* products = sums + s.C;
+    for (int64_t i = 0; i < 2 * s.C; ++i) sums[i] = 0;
+    over_rows<VB, T>(n, s.C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+      const auto centre = load_as(mean + c, lane);
+      const auto d = [&](int r) SHVIT_INLINE_LAMBDA { return load_as(dout + (row + r) * s.C + c, lane); };
+      const auto product = [&](int r) SHVIT_INLINE_LAMBDA {
+        return d(r) * (load_as(projected + (row + r) * s.C + c, lane) - centre);
+      };
+      store(sums + c, load_as(sums + c, lane) + sum_of<decltype(count)::value>(d));
+      store(products + c, load_as(products + c, lane) + sum_of<decltype(count)::value>(product));
     });
+    for (int64_t i = 0; i < 2 * s.C; ++i) dbeta[i] = static_cast<double>(sums[i]);  // dgamma follows dbeta
   }
 
   static void total_channels(const Params& a, const Workspace& workspace) {
@@ -472,21 +540,14 @@ struct MixerTrainBackward {
     const RowBlocks blocks(s);
     const auto block = blocks.block(task);
     const int64_t first = blocks.first_row(task);
-    const Rows dout = dout_rows(a, first, workspace);
-    const T *projected = typed(a.projected) + first * s.C, *mean = typed(a.proj_norm.mean);
     T* dp = workspace.dp + first * ld(a);
-    for (int64_t t = 0; t < block.rows(); ++t) {
-      const T *d = dout.data + t * dout.ld, *p = projected + t * s.C;
-      make_row<VB>(dp + t * ld(a), s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
-        const auto n = load_as(p + c, lane) - load_as(mean + c, lane);
-        return load_as(workspace.factor + c, lane) *
-               (load_as(d + c, lane) - load_as(workspace.shift + c, lane) - n * load_as(workspace.slope + c, lane));
-      });
+    for (int64_t i = 0; i < block.images; ++i) {
+      const int64_t image = block.image + i, at = i * block.n * ld(a);
+      through_norm(a, image, block.token, block.n, rows, dp + at, workspace);
+      if (a.dproj_weight)
+        rest_rows<VB>(channels_of(a, a.attention.x1, image, s.P, block.token), s.C - s.P, block.n,
+                      workspace.y + first * ld(a) + at + s.P, ld(a));
     }
-    if (a.dproj_weight)
-      for (int64_t i = 0; i < block.images; ++i)
-        rest_rows<VB>(rest_of(a, a.attention.x1, block.image + i, block.token), s.C - s.P, block.n,
-                      workspace.y + (first + i * block.n) * ld(a) + s.P, ld(a));
     if (!needs_attention(a)) return;
     product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {rows, s.C, ld(a)});
     for (int64_t t = 0; t < block.rows(); ++t)
@@ -496,22 +557,55 @@ struct MixerTrainBackward {
       store_rest(a, block.image + i, block.token, block.n, rows + i * block.n * ld(a) + s.P);
   }
 
-  // The channels beyond the partial ones, of an image in the order of dx.
-  static ImageView<const T> rest_of(const Params& a, const void* images, int64_t image, int64_t token) {
+  // Rows of dp, for n tokens of an image; `turned` [kTurned, n] is free.
+  static void through_norm(const Params& a, int64_t image, int64_t token, int64_t n, T* turned, T* dp,
+                           const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const T *dout = channels_of(a, a.dout, image, 0, token).data, *mean = typed(a.proj_norm.mean);
+    const T* projected = channels_of(a, a.projected, image, 0, token).data;
+    const T *factor = workspace.factor, *shift = workspace.shift, *slope = workspace.slope;
+    if (a.attention.channels_last) {
+      for (int64_t t = 0; t < n; ++t) {
+        const T *d = dout + t * s.C, *p = projected + t * s.C;
+        make_row<VB>(dp + t * ld(a), s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
+          const auto centred = load_as(p + c, lane) - load_as(mean + c, lane);
+          return load_as(factor + c, lane) *
+                 (load_as(d + c, lane) - load_as(shift + c, lane) - centred * load_as(slope + c, lane));
+        });
+      }
+      return;
+    }
+    for (int64_t first = 0; first < s.C; first += kTurned) {
+      const int64_t channels = min64(kTurned, s.C - first);
+      for (int64_t c = first; c < first + channels; ++c) {
+        const T *d = dout + c * s.N, *p = projected + c * s.N;
+        make_row<VB>(turned + (c - first) * n, n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+          return factor[c] * (load_as(d + t, lane) - shift[c] - (load_as(p + t, lane) - mean[c]) * slope[c]);
+        });
+      }
+      transpose(turned, n, channels, n, dp + first, ld(a));
+    }
+  }
+
+  // An image in the order of x, from a channel and a token on.
+  static ImageView<const T> channels_of(const Params& a, const void* images, int64_t image, int64_t channel,
+                                        int64_t token) {
     return image_view(typed(images), image, sizes(a).C, sizes(a).N, a.attention.channels_last)
-        .at(sizes(a).P, token);
+        .at(channel, token);
   }
 
   // dx of those channels from rows of dy.
   static void store_rest(const Params& a, int64_t image, int64_t token, int64_t n, const T* rows) {
     const Sizes& s = sizes(a);
-    const auto x = rest_of(a, a.attention.x1, image, token), dout = rest_of(a, a.dout, image, token);
+    const auto x = channels_of(a, a.attention.x1, image, s.P, token),
+               dout = channels_of(a, a.dout, image, s.P, token);
     T* dx = static_cast<T*>(a.attention.dx) + (x.data - typed(a.attention.x1));
     const bool by_channel = !a.attention.channels_last;
-    if (by_channel) transpose(rows, ld(a), n, s.C - s.P, dx, s.N);
     const int64_t count = by_channel ? s.C - s.P : n, length = by_channel ? n : s.C - s.P;
     const int64_t stride = by_channel ? s.N : s.C;
     for (int64_t r = 0; r < count; ++r) {
+      if (by_channel && r % kTurned == 0)
+        transpose(rows + r, ld(a), n, min64(kTurned, count - r), dx + r * stride, stride);
       const T *from = x.data + r * stride, *more = dout.data + r * stride;
       T* to = dx + r * stride;
       const T* gradient = by_channel ? to : rows + r * ld(a);

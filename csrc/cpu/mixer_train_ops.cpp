@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Layer layer = layer_of(s, type, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
                                proj_bn_weight, proj_bn_bias);
   const Saved saved = empty_saved(x, s.B, s.N, type);
-  Tensor out = empty_image(x, s.C, is_channels_last(x)), projected = fresh({s.B, s.N, s.C});
+  Tensor out = empty_image(x, s.C, is_channels_last(x)), projected = empty_image(x, s.C, is_channels_last(x));
   Tensor mean = fresh({s.O()}), variance = fresh({s.O()}), proj_mean = fresh({s.C}), proj_var = fresh({s.C});
   MixerTrainForwardParams params{};
   ShsaForwardParams& attention = params.attention;
@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.projected = data(projected);
   params.out = data(out);
   run(kernels.forward, params);
-  return {out,  projected, saved.mean, saved.rstd, saved.row_max, saved.row_sum,
-          mean, variance,  proj_mean,  proj_var};
+  return {out,           projected, saved.mean, saved.rstd, saved.row_max,
+          saved.row_sum, mean,      variance,   proj_mean,  proj_var};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixer_train_backward(

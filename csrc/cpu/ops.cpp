@@ -124,6 +124,7 @@ void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, c
                             0,
                             0,
                             nullptr,
+                            nullptr,
                             nullptr};
   run(kernels.shsa_backward, params);
 }

@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t kQueryColumns = 32;
-
 template <class T>
 struct QueryState {
   T *scores, *out, *row_max, *row_sum;  // [keys, 32], [P, 32], [32], [32]
