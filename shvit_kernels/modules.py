@@ -278,12 +278,14 @@ class SHSA(nn.Module):
         attention = (norm.weight, norm.bias, conv.weight.flatten(1), bn.weight, bn.bias)
         projection = (proj.weight.flatten(1), proj_bn.weight, proj_bn.bias)
         epsilons = (norm.eps, bn.eps, proj_bn.eps)
-        y, mean, variance, proj_mean, proj_var = backends.cpu.mixer_train(
-            x, *attention, *projection, self.qk_dim, *epsilons, self.scale, residual
-        )
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        _track(bn, count, x.shape, mean, variance)
-        _track(proj_bn, count, x.shape, proj_mean, proj_var)
+
+        def track(mean: Tensor, variance: Tensor, proj_mean: Tensor, proj_var: Tensor) -> None:
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            _track(bn, count, x.shape, mean, variance)
+            _track(proj_bn, count, x.shape, proj_mean, proj_var)
+
+        settings = (self.qk_dim, *epsilons, self.scale, residual)
+        y, *_ = backends.cpu.mixer_train(x, *attention, *projection, *settings, measured=track)
         return y
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:

@@ -362,25 +362,26 @@ class ShsaTrain(torch.autograd.Function):
 
 class MixerTrain(torch.autograd.Function):
     """``apply(x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias,
-    *settings)`` of mixer_train_forward.
+    *settings, *results)`` of mixer_train_forward: its first result, differentiable.
 
-    Returns the layer's output, and the mean and biased variance of both projections.
+    The operator runs before, so that a layer can update its running statistics in between: gradient checkpointing runs
+    a layer again, but not beyond the last tensor that is saved.
     """
 
-    TENSORS = 9
+    TENSORS, SETTINGS = 9, 6
 
     @staticmethod
     def forward(ctx, *arguments):
-        out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(*arguments)
-        statistics = saved[5:]
-        ctx.settings = arguments[MixerTrain.TENSORS :]
-        ctx.mark_non_differentiable(*statistics)
+        x, *parameters = arguments[: MixerTrain.TENSORS]
+        settings_end = MixerTrain.TENSORS + MixerTrain.SETTINGS
+        out, *saved = arguments[settings_end:]
+        ctx.settings = arguments[MixerTrain.TENSORS : settings_end]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(arguments[0], *saved, *arguments[1 : MixerTrain.TENSORS])
-        return out, *statistics
+        ctx.save_for_backward(x, *saved, *parameters)
+        return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, dout, *_):
+    def backward(ctx, dout):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
@@ -388,7 +389,7 @@ class MixerTrain(torch.autograd.Function):
         needs = ctx.needs_input_grad[: MixerTrain.TENSORS]
         operator = torch.ops.shvit_kernels.mixer_train_backward.default
         results = _run_backward("mixer_train", operator, needs, dout, x, *rest, *ctx.settings)
-        return *results, *(None,) * len(ctx.settings)
+        return *results, *(None,) * (len(ctx.needs_input_grad) - MixerTrain.TENSORS)
 
 
 class PartialMoments(torch.autograd.Function):
