@@ -360,6 +360,10 @@ class ShsaTrain(torch.autograd.Function):
         return _gradients(ctx, "shsa_train", ctx.family, dy, y, *rest, *ctx.settings)
 
 
+MIXER_TRAIN_TENSORS, MIXER_TRAIN_ARGUMENTS = 9, 15
+"""How many arguments of mixer_train_forward are tensors, the first ones, and how many there are."""
+
+
 class MixerTrain(torch.autograd.Function):
     """``apply(x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias,
     *settings, *results)`` of mixer_train_forward: its first result, differentiable.
@@ -368,14 +372,11 @@ class MixerTrain(torch.autograd.Function):
     a layer again, but not beyond the last tensor that is saved.
     """
 
-    TENSORS, SETTINGS = 9, 6
-
     @staticmethod
     def forward(ctx, *arguments):
-        x, *parameters = arguments[: MixerTrain.TENSORS]
-        settings_end = MixerTrain.TENSORS + MixerTrain.SETTINGS
-        out, *saved = arguments[settings_end:]
-        ctx.settings = arguments[MixerTrain.TENSORS : settings_end]
+        x, *parameters = arguments[:MIXER_TRAIN_TENSORS]
+        out, *saved = arguments[MIXER_TRAIN_ARGUMENTS:]
+        ctx.settings = arguments[MIXER_TRAIN_TENSORS:MIXER_TRAIN_ARGUMENTS]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *saved, *parameters)
         return out.view_as(out)
@@ -386,10 +387,10 @@ class MixerTrain(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         dout = dout.contiguous(memory_format=memory_format(x))
-        needs = ctx.needs_input_grad[: MixerTrain.TENSORS]
+        needs = ctx.needs_input_grad[:MIXER_TRAIN_TENSORS]
         operator = torch.ops.shvit_kernels.mixer_train_backward.default
         results = _run_backward("mixer_train", operator, needs, dout, x, *rest, *ctx.settings)
-        return *results, *(None,) * (len(ctx.needs_input_grad) - MixerTrain.TENSORS)
+        return *results, *(None,) * (len(ctx.needs_input_grad) - MIXER_TRAIN_TENSORS)
 
 
 class PartialMoments(torch.autograd.Function):

@@ -331,5 +331,5 @@ def test_residual_of_the_layer(layout):
 
 def test_autograd_class_and_schema_agree():
     names = [argument.name for argument in FORWARD._schema.arguments]
-    assert names.index("qk_dim") == ops.MixerTrain.TENSORS
-    assert len(names) == ops.MixerTrain.TENSORS + ops.MixerTrain.SETTINGS
+    assert names.index("qk_dim") == ops.MIXER_TRAIN_TENSORS
+    assert len(names) == ops.MIXER_TRAIN_ARGUMENTS

@@ -5,8 +5,9 @@
 //     backward   dgamma = sum dout n   dbeta = sum dout   dp = gamma rstd (dout - (dbeta + n dgamma) / count)
 //                dy = W^T dp   dW = sum dp y^T   dx = dy through the attention (+ dout)
 //
-// Around the projection tokens are rows of channels, whatever the order of the images. The forward keeps p, in
-// the order of x; the backward makes y once more.
+// All products are of matrices in the order of x: tokens are rows of channels (channels_last), whose weights
+// are packed, or channels are rows of tokens (NCHW), several images side by side. Only the y of dW always has a
+// row for each token. The forward keeps p, in the order of x; the backward makes y once more.
 #pragma once
 
 #include "shsa_backward.h"
@@ -14,15 +15,17 @@
 
 namespace {
 
-// Blocks of rows that stay in the second-level cache: some short images, or tokens of one long image. Their
-// number is that of the partial sums.
+// Blocks of tokens: some short images, or a part of a long one. Each has partial sums of its own. Rows of
+// channels stay in the second-level cache; tokens side by side fill whole vectors better when there are more of
+// them.
 struct RowBlocks {
-  static constexpr int64_t kMostRows = 128, kFewestRows = 48;
+  static constexpr int64_t kFewestRows = 64;
   int64_t B, N, images, parts, count;  // images of a block, or blocks of an image; blocks
 
-  explicit RowBlocks(const Sizes& s) : B(s.B), N(s.N), images(1), parts(ceil_div(s.N, kMostRows)) {
-    const int64_t rows = max64(kFewestRows, min64(kMostRows, B * N / 8));  // enough blocks for some threads
-    if (parts == 1) images = max64(rows / N, 1);
+  RowBlocks(const Sizes& s, bool channels_last) : B(s.B), N(s.N), images(1) {
+    const int64_t most = channels_last ? 128 : 256, enough = channels_last ? 8 : 4;  // for some threads
+    parts = ceil_div(N, most);
+    if (parts == 1) images = max64(max64(kFewestRows, min64(most, B * N / enough)) / N, 1);
     count = parts == 1 ? ceil_div(B, images) : B * parts;
   }
   int64_t most_rows() const { return images * ceil_div(N, parts); }
@@ -38,9 +41,6 @@ struct RowBlocks {
   }
   int64_t first_row(int64_t i) const { return block(i).image * N + block(i).token; }
 };
-
-// Channels that are turned from rows at a time: so many rows of tokens stay in the first-level cache.
-constexpr int64_t kTurned = 32;
 
 // Rows an odd number of cache lines apart, so that columns do not share cache sets.
 template <class T>
@@ -90,6 +90,34 @@ struct SumFinish {
     store(p, first ? v : load<V>(p) + v);
   }
 };
+
+// C[M, columns] = A[M, K] B[K, columns] with whole vectors of B and C, or adds to it.
+template <class T, int VB>
+__attribute__((noinline)) void product_of_panels(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
+                                                 const T* b, int64_t ldb, T* c, int64_t ldc, bool first) {
+  constexpr int W = kLanes<T, VB>, MR = kTileRows<VB, true>;
+  const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    constexpr int kBytes = decltype(bytes)::value;
+    gemm_column<T, kBytes, decltype(count)::value, MR>(M, K, a, {b + n, ldb, W},
+                                                       SumFinish<T>{c + n, ldc, first});
+  };
+  constexpr int64_t kHalf = VB > 16 ? W / 2 : 0;
+  int64_t n = 0;
+  for (; columns - n > W + kHalf; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
+  if (columns - n > kHalf) {
+    column(Count<VB>{}, Count<1>{}, n);
+    n += W;
+  }
+  if constexpr (kHalf > 0) {
+    if (n < columns) column(Count<VB / 2>{}, Count<1>{}, n);
+  }
+}
+
+// From one channel to the next, in a block of tokens side by side.
+template <class T, int VB>
+SHVIT_INLINE int64_t block_distance(const Sizes& s) {
+  return row_distance<T>(round_up(RowBlocks(s, false).most_rows(), 2 * kLanes<T, VB>));
+}
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
 template <class T>
@@ -173,6 +201,38 @@ __attribute__((noinline)) void measure_columns(const ChannelMoments& moments, in
   }
 }
 
+// The same of each row of a panel of n columns.
+template <int VB, class T>
+__attribute__((noinline)) void measure_rows(const ChannelMoments& moments, int64_t block, const T* panel,
+                                            int64_t n, int64_t ld) {
+  using V = Vec<T, VB>;
+  constexpr int W = kLanes<T, VB>;
+  const T share = T(1) / static_cast<T>(n);
+  for (int64_t c = 0; c < moments.O; ++c) {
+    const T* row = panel + c * ld;
+    V sums{}, rest{}, squares{};
+    T sum = 0, last_rest = 0, last_squares = 0;
+    int64_t t = 0;
+    for (; t + W <= n; t += W) sums += load<V>(row + t);
+    for (; t < n; ++t) sum += row[t];
+    const T centre = (sum + sum_lanes<T, VB>(sums)) * share;
+    for (t = 0; t + W <= n; t += W) {
+      const V d = load<V>(row + t) - centre;
+      rest += d;
+      squares += d * d;
+    }
+    for (; t < n; ++t) {
+      const T d = row[t] - centre;
+      last_rest += d;
+      last_squares += d * d;
+    }
+    const double left = static_cast<double>(last_rest + sum_lanes<T, VB>(rest)) * static_cast<double>(share);
+    moments.mean(block)[c] = static_cast<double>(centre) + left;
+    moments.squares(block)[c] =
+        static_cast<double>(last_squares + sum_lanes<T, VB>(squares)) - left * left * static_cast<double>(n);
+  }
+}
+
 // ReLU of channels of an image, in rows.
 template <int VB, class T>
 SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T* rows, int64_t ld) {
@@ -199,10 +259,11 @@ struct MixerTrainForward {
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
           factor(bump.take<T>(sizes(a).C)),
-          channels{bump.take<double>(2 * RowBlocks(sizes(a)).count * sizes(a).C), sizes(a).C} {}
+          channels{bump.take<double>(2 * blocks_of(a).count * sizes(a).C), sizes(a).C} {}
   };
 
   static const Sizes& sizes(const Params& a) { return a.attention.sizes; }
+  static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
   static shvit::ShsaForwardParams attention_of(const Params& a) {
     shvit::ShsaForwardParams attention = a.attention;
     attention.y_row = a.attention.sizes.P;
@@ -211,11 +272,14 @@ struct MixerTrainForward {
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
 
   struct Scratch {
-    T *rows, *projected, *sums;  // [rows of a block, ld] both, [3, C]
-    Scratch(Bump& bump, const Params& a)
-        : rows(bump.take<T>(RowBlocks(sizes(a)).most_rows() * ld(a))),
-          projected(bump.take<T>(RowBlocks(sizes(a)).most_rows() * ld(a))),
-          sums(bump.take<T>(3 * sizes(a).C)) {}
+    T *y, *projected, *sums;  // of a block: rows of channels, or both as channels of tokens; [3, C]
+    Scratch(Bump& bump, const Params& a) {
+      const Sizes& s = sizes(a);
+      const bool by_channel = !a.attention.channels_last;
+      y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows() * ld(a));
+      projected = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
+      sums = bump.take<T>(3 * s.C);
+    }
   };
 
   // Phases: pack, those of the attention, project, statistics, normalise.
@@ -224,11 +288,11 @@ struct MixerTrainForward {
   static Plan plan(const Params& a) {
     const Sizes& s = sizes(a);
     const Plan attention = Attention::plan(attention_of(a));
-    const int64_t blocks = RowBlocks(s).count;
+    const int64_t blocks = blocks_of(a).count;
     Plan plan;
     plan.phases = 9;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
-    plan.tasks[0] = s.B == 0 ? 0 : ceil_div(s.C, kPanel);
+    plan.tasks[0] = a.attention.channels_last && s.B > 0 ? ceil_div(s.C, kPanel) : 0;
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
@@ -250,37 +314,53 @@ struct MixerTrainForward {
       Attention::run(attention, phase - kAttention, task, memory);
     }
     Bump bump(memory);
-    if (phase == kProject) project_block(a, task, Scratch(bump, a), workspace);
+    if (phase == kProject && a.attention.channels_last) project_rows(a, task, Scratch(bump, a), workspace);
+    if (phase == kProject && !a.attention.channels_last) project_channels(a, task, Scratch(bump, a), workspace);
     if (phase == kStatistics) finish_statistics(a, workspace);
     if (phase == kNormalise) normalise_block(a, task, workspace);
   }
 
-  static void project_block(const Params& a, int64_t task, const Scratch& scratch, const Workspace& workspace) {
+  static void project_rows(const Params& a, int64_t task, const Scratch& scratch, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const RowBlocks blocks(s);
+    const RowBlocks blocks = blocks_of(a);
     const auto block = blocks.block(task);
-    T* rows = scratch.rows;
+    const int64_t first = blocks.first_row(task);
     for (int64_t i = 0; i < block.images; ++i)
       rest_rows<VB>(Attention::x(a.attention, block.image + i).at(s.P, block.token), s.C - s.P, block.n,
-                    rows + i * block.n * ld(a) + s.P, ld(a));
-    const int64_t first = blocks.first_row(task);
+                    scratch.y + i * block.n * ld(a) + s.P, ld(a));
     for (int64_t t = 0; t < block.rows(); ++t)
-      map_row<VB>(workspace.attended + (first + t) * s.P, rows + t * ld(a), s.P, Identity{});
-    const bool by_channel = !a.attention.channels_last;
-    T* projected = by_channel ? scratch.projected : static_cast<T*>(a.projected) + first * s.C;
-    const int64_t distance = by_channel ? ld(a) : s.C;
-    product_of_rows<T, VB>(block.rows(), s.C, rows, ld(a), workspace.packed, {projected, s.C, distance});
-    measure_columns<VB>(workspace.channels, task, projected, block.rows(), distance, scratch.sums);
-    if (!by_channel) return;
-    for (int64_t i = 0; i < block.images; ++i)
-      for (int64_t c = 0; c < s.C; c += kTurned)
-        transpose(projected + i * block.n * distance + c, distance, block.n, min64(kTurned, s.C - c),
-                  image_of(a, a.projected, block.image + i, block.token).at(c, 0).data, s.N);
+      map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
+    T* projected = static_cast<T*>(a.projected) + first * s.C;
+    product_of_rows<T, VB>(block.rows(), s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
+    measure_columns<VB>(workspace.channels, task, projected, block.rows(), s.C, scratch.sums);
+  }
+
+  static void project_channels(const Params& a, int64_t task, const Scratch& scratch,
+                               const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const auto block = blocks.block(task);
+    const int64_t distance = block_distance<T, VB>(s);
+    for (int64_t i = 0; i < block.images; ++i) {
+      T* y = scratch.y + i * block.n;
+      const T* attended = workspace.attended + (blocks.first_row(task) + i * block.n) * s.P;
+      transpose(attended, s.P, block.n, s.P, y, distance);
+      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
+      for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * distance, block.n, Relu{});
+    }
+    product_of_panels<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
+                             distance, scratch.projected, distance, true);
+    measure_rows<VB>(workspace.channels, task, scratch.projected, block.rows(), distance);
+    for (int64_t i = 0; i < block.images; ++i) {
+      T* projected = image_of(a, a.projected, block.image + i, block.token).data;
+      for (int64_t c = 0; c < s.C; ++c)
+        map_row<VB>(scratch.projected + c * distance + i * block.n, projected + c * s.N, block.n, Identity{});
+    }
   }
 
   static void finish_statistics(const Params& a, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const RowBlocks blocks(s);
+    const RowBlocks blocks = blocks_of(a);
     T *mean = static_cast<T*>(a.proj_norm.mean), *variance = static_cast<T*>(a.proj_norm.variance);
     if (blocks.count > 0)
       merge_channels(workspace.channels, blocks.count,
@@ -300,7 +380,7 @@ struct MixerTrainForward {
 
   static void normalise_block(const Params& a, int64_t task, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const auto block = RowBlocks(s).block(task);
+    const auto block = blocks_of(a).block(task);
     const T *mean = static_cast<const T*>(a.proj_norm.mean), *beta = static_cast<const T*>(a.proj_norm.bias);
     for (int64_t i = 0; i < block.images; ++i) {
       const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
@@ -337,6 +417,7 @@ struct MixerTrainBackward {
   static constexpr int W = kLanes<T, VB>;
 
   static const Sizes& sizes(const Params& a) { return a.attention.sizes; }
+  static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
   static const T* typed(const void* p) { return static_cast<const T*>(p); }
 
@@ -368,7 +449,7 @@ struct MixerTrainBackward {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *y, *dp, *dattended;               // [B * N, ld] both, [B * N, P]
+    T *y, *dp, *dattended;               // [B * N, ld], blocks, [B * N, P]
     T *packed, *factor, *shift, *slope;  // the weight, [C] each
     double* partials;                    // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
@@ -376,14 +457,22 @@ struct MixerTrainBackward {
           attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
                                           Attention::plan(attention_of(a)).workspace_bytes))),
           y(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
-          dp(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
+          dp(bump.take<T>(blocks_of(a).count * block_values(a))),
           dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
           factor(bump.take<T>(sizes(a).C)),
           shift(bump.take<T>(sizes(a).C)),
           slope(bump.take<T>(sizes(a).C)),
-          partials(bump.take<double>(RowBlocks(sizes(a)).count * 2 * sizes(a).C)) {}
+          partials(bump.take<double>(blocks_of(a).count * 2 * sizes(a).C)) {}
   };
+
+  // A block of dp or dy: rows of channels, or channels of tokens.
+  static int64_t distance(const Params& a) {
+    return a.attention.channels_last ? ld(a) : block_distance<T, VB>(sizes(a));
+  }
+  static int64_t block_values(const Params& a) {
+    return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows() : sizes(a).C);
+  }
 
   // Rows of dW are summed by one task each.
   static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, 96)}; }
@@ -404,14 +493,14 @@ struct MixerTrainBackward {
   static Plan plan(const Params& a) {
     const Sizes& s = sizes(a);
     const Plan forward = Forward::plan(forward_of(a)), attention = Attention::plan(attention_of(a));
-    const RowBlocks blocks(s);
+    const RowBlocks blocks = blocks_of(a);
     const bool attends = needs_attention(a), weighs = a.dproj_weight;
     Plan plan;
     plan.phases = 17;
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
-    if (attends && s.B > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
+    if (attends && s.B > 0 && a.attention.channels_last) plan.tasks[kPack] = ceil_div(s.C, kPanel);
     if (attends || weighs) {
       plan.tasks[kProject] = blocks.count;
       if (makes_all_y(a)) {
@@ -425,7 +514,7 @@ struct MixerTrainBackward {
         plan.tasks[kAttention + phase] = attention.tasks[phase];
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
     Bump rows(nullptr), sums(nullptr);
-    rows.take<T>(blocks.most_rows() * ld(a));
+    rows.take<T>(block_values(a));
     sums.take<T>(max64(ceil_div(s.C, weight_parts(s).parts), 2) * sum_ld(a));
     plan.scratch_bytes =
         max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
@@ -458,7 +547,7 @@ struct MixerTrainBackward {
 
   static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const RowBlocks blocks(s);
+    const RowBlocks blocks = blocks_of(a);
     const auto block = blocks.block(task);
     double* dbeta = workspace.partials + task * 2 * s.C;
     if (a.attention.channels_last) {
@@ -516,7 +605,7 @@ struct MixerTrainBackward {
 
   static void total_channels(const Params& a, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const int64_t blocks = RowBlocks(s).count;
+    const int64_t blocks = blocks_of(a).count;
     const double count = static_cast<double>(s.B * s.N);
     T *dbeta = static_cast<T*>(a.dproj_norm_bias), *dgamma = static_cast<T*>(a.dproj_norm_weight);
     for (int64_t c = 0; c < s.C; ++c) {
@@ -535,30 +624,46 @@ struct MixerTrainBackward {
     }
   }
 
-  static void project_block(const Params& a, int64_t task, T* rows, const Workspace& workspace) {
+  // dp, the y of channels beyond the partial ones, and through the projection; `dy` is scratch.
+  static void project_block(const Params& a, int64_t task, T* dy, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const RowBlocks blocks(s);
+    const RowBlocks blocks = blocks_of(a);
     const auto block = blocks.block(task);
     const int64_t first = blocks.first_row(task);
-    T* dp = workspace.dp + first * ld(a);
+    const bool by_channel = !a.attention.channels_last;
+    // From one image to the next, and from one channel to the next, in a block.
+    const int64_t image_step = by_channel ? block.n : block.n * ld(a),
+                  channel_step = by_channel ? distance(a) : 1;
+    T* dp = workspace.dp + task * block_values(a);
     for (int64_t i = 0; i < block.images; ++i) {
-      const int64_t image = block.image + i, at = i * block.n * ld(a);
-      through_norm(a, image, block.token, block.n, rows, dp + at, workspace);
+      const int64_t image = block.image + i;
+      through_norm(a, image, block.token, block.n, dp + i * image_step, workspace);
       if (a.dproj_weight)
         rest_rows<VB>(channels_of(a, a.attention.x1, image, s.P, block.token), s.C - s.P, block.n,
-                      workspace.y + first * ld(a) + at + s.P, ld(a));
+                      workspace.y + (first + i * block.n) * ld(a) + s.P, ld(a));
     }
     if (!needs_attention(a)) return;
-    product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {rows, s.C, ld(a)});
-    for (int64_t t = 0; t < block.rows(); ++t)
-      map_row<VB>(rows + t * ld(a), workspace.dattended + (first + t) * s.P, s.P, Identity{});
-    if (!a.attention.dx) return;
-    for (int64_t i = 0; i < block.images; ++i)
-      store_rest(a, block.image + i, block.token, block.n, rows + i * block.n * ld(a) + s.P);
+    if (by_channel) {
+      product_of_panels<T, VB>(s.C, block.rows(), s.C, {typed(a.proj_weight), 1, s.C}, dp, distance(a), dy,
+                               distance(a), true);
+    } else {
+      product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+    }
+    for (int64_t i = 0; i < block.images; ++i) {
+      const T* from = dy + i * image_step;
+      T* dattended = workspace.dattended + (first + i * block.n) * s.P;
+      if (by_channel) {
+        transpose(from, distance(a), s.P, block.n, dattended, s.P);
+      } else {
+        for (int64_t t = 0; t < block.n; ++t)
+          map_row<VB>(from + t * ld(a), dattended + t * s.P, s.P, Identity{});
+      }
+      if (a.attention.dx) store_rest(a, block.image + i, block.token, block.n, from + s.P * channel_step);
+    }
   }
 
-  // Rows of dp, for n tokens of an image; `turned` [kTurned, n] is free.
-  static void through_norm(const Params& a, int64_t image, int64_t token, int64_t n, T* turned, T* dp,
+  // dp of n tokens of an image.
+  static void through_norm(const Params& a, int64_t image, int64_t token, int64_t n, T* dp,
                            const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const T *dout = channels_of(a, a.dout, image, 0, token).data, *mean = typed(a.proj_norm.mean);
@@ -575,15 +680,11 @@ struct MixerTrainBackward {
       }
       return;
     }
-    for (int64_t first = 0; first < s.C; first += kTurned) {
-      const int64_t channels = min64(kTurned, s.C - first);
-      for (int64_t c = first; c < first + channels; ++c) {
-        const T *d = dout + c * s.N, *p = projected + c * s.N;
-        make_row<VB>(turned + (c - first) * n, n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
-          return factor[c] * (load_as(d + t, lane) - shift[c] - (load_as(p + t, lane) - mean[c]) * slope[c]);
-        });
-      }
-      transpose(turned, n, channels, n, dp + first, ld(a));
+    for (int64_t c = 0; c < s.C; ++c) {
+      const T *d = dout + c * s.N, *p = projected + c * s.N;
+      make_row<VB>(dp + c * distance(a), n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+        return factor[c] * (load_as(d + t, lane) - shift[c] - (load_as(p + t, lane) - mean[c]) * slope[c]);
+      });
     }
   }
 
@@ -594,8 +695,8 @@ struct MixerTrainBackward {
         .at(channel, token);
   }
 
-  // dx of those channels from rows of dy.
-  static void store_rest(const Params& a, int64_t image, int64_t token, int64_t n, const T* rows) {
+  // dx of the channels beyond the partial ones, from their dy.
+  static void store_rest(const Params& a, int64_t image, int64_t token, int64_t n, const T* dy) {
     const Sizes& s = sizes(a);
     const auto x = channels_of(a, a.attention.x1, image, s.P, token),
                dout = channels_of(a, a.dout, image, s.P, token);
@@ -604,12 +705,8 @@ struct MixerTrainBackward {
     const int64_t count = by_channel ? s.C - s.P : n, length = by_channel ? n : s.C - s.P;
     const int64_t stride = by_channel ? s.N : s.C;
     for (int64_t r = 0; r < count; ++r) {
-      if (by_channel && r % kTurned == 0)
-        transpose(rows + r, ld(a), n, min64(kTurned, count - r), dx + r * stride, stride);
-      const T *from = x.data + r * stride, *more = dout.data + r * stride;
-      T* to = dx + r * stride;
-      const T* gradient = by_channel ? to : rows + r * ld(a);
-      make_row<VB>(to, length, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
+      const T *from = x.data + r * stride, *more = dout.data + r * stride, *gradient = dy + r * distance(a);
+      make_row<VB>(dx + r * stride, length, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
         const auto v = load_as(from + i, lane) <= 0 ? decltype(lane){} : load_as(gradient + i, lane);
         return a.residual ? v + load_as(more + i, lane) : v;
       });
@@ -619,29 +716,27 @@ struct MixerTrainBackward {
   // Some rows of dW, over all tokens in the same order.
   static void sum_weight(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
     const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
     const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
-    const Parts pieces{s.B * s.N, ceil_div(s.B * s.N, RowBlocks::kMostRows)};
-    for (int64_t piece = 0; piece < pieces.parts; ++piece) {
-      const int64_t row = pieces.begin(piece);
-      add_products(rows, s.C, pieces.end(piece) - row, workspace.dp + row * ld(a) + first,
-                   workspace.y + row * ld(a), ld(a), sums, sum_ld(a), piece == 0);
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t tokens = blocks.block(block).rows();
+      const Parts pieces{tokens, ceil_div(tokens, 128)};  // whose rows of y stay in the first-level cache
+      for (int64_t piece = 0; piece < pieces.parts; ++piece) {
+        const int64_t token = pieces.begin(piece);
+        const T* dp = workspace.dp + block * block_values(a);
+        const MatrixView<T> channels = a.attention.channels_last
+                                           ? MatrixView<T>{dp + token * ld(a) + first, 1, ld(a)}
+                                           : MatrixView<T>{dp + first * distance(a) + token, distance(a), 1};
+        product_of_panels<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
+                                 workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a), sums,
+                                 sum_ld(a), block == 0 && piece == 0);
+      }
     }
     T* dweight = static_cast<T*>(a.dproj_weight) + first * s.C;
     for (int64_t c = 0; c < rows; ++c)
       make_row<VB>(dweight + c * s.C, s.C, [&](auto lane, int64_t k) SHVIT_INLINE_LAMBDA {
-        return pieces.parts ? load_as(sums + c * sum_ld(a) + k, lane) : decltype(lane){};
+        return blocks.count ? load_as(sums + c * sum_ld(a) + k, lane) : decltype(lane){};
       });
-  }
-
-  static __attribute__((noinline)) void add_products(int64_t rows, int64_t columns, int64_t n, const T* dp,
-                                                     const T* y, int64_t ld, T* sums, int64_t sum_ld,
-                                                     bool first) {
-    constexpr int MR = kTileRows<VB, true>;
-    int64_t k = 0;
-    for (; columns - k > W; k += 2 * W)
-      gemm_column<T, VB, 2, MR>(rows, n, {dp, 1, ld}, {y + k, ld, W}, SumFinish<T>{sums + k, sum_ld, first});
-    if (columns > k)
-      gemm_column<T, VB, 1, MR>(rows, n, {dp, 1, ld}, {y + k, ld, W}, SumFinish<T>{sums + k, sum_ld, first});
   }
 };
 

@@ -55,15 +55,14 @@ double fma_flops(int64_t repeats) {
 
 template <int VB>
 constexpr shvit::Variant variant(const char* name) {
-  return {
-      name,
-      kernels<float, VB>(),
-      kernels<double, VB>(),
-      kernels<BFloat16, VB>(),
-      mixer_train_kernels<float, VB>(),
-      mixer_train_kernels<double, VB>(),
-      fused_kernels<VB>(),
-      &fma_flops<VB>};
+  return {name,
+          kernels<float, VB>(),
+          kernels<double, VB>(),
+          kernels<BFloat16, VB>(),
+          mixer_train_kernels<float, VB>(),
+          mixer_train_kernels<double, VB>(),
+          fused_kernels<VB>(),
+          &fma_flops<VB>};
 }
 
 }  // namespace
