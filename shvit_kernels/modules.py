@@ -164,9 +164,10 @@ class SHSA(nn.Module):
 
     The batch normalisation of ``qkv`` is folded into its weights at each call, from the running statistics in
     evaluation and from the moments of the projection's input in training; ranks are merged under
-    ``torch.nn.SyncBatchNorm``. The submodules are read at each call, so they may be fused, converted or replaced at
-    any time. Where they are more than the stock ones (another normalisation, hooks, parametrisations), the layer
-    calls them one by one instead.
+    ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, a training step runs the whole layer by one operator,
+    which keeps the input and the projection's output for the backward. The submodules are read at each call, so they
+    may be fused, converted or replaced at any time. Where they are more than the stock ones (another normalisation,
+    hooks, parametrisations), the layer calls them one by one instead.
 
     Args:
         dim: channels C of input and output.
@@ -249,7 +250,9 @@ class SHSA(nn.Module):
         self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, rest: list[nn.Module]
     ) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
         """The last convolution and norm where one operator runs the layer: on CPUs, both norms by batch statistics."""
-        if bn is None or conv.bias is not None or len(rest) != 1 or x.dtype not in backends.cpu.MIXER_TRAIN_DTYPES:
+        if not x.is_cpu or x.dtype not in backends.cpu.MIXER_TRAIN_DTYPES:
+            return None
+        if bn is None or conv.bias is not None or len(rest) != 1:
             return None
         last = _conv_and_norm(rest[0])
         if last is None or type(last[1]) is not nn.BatchNorm2d or last[0].bias is not None:
