@@ -164,9 +164,10 @@ class SHSA(nn.Module):
 
     The batch normalisation of ``qkv`` is folded into its weights at each call, from the running statistics in
     evaluation and from the moments of the projection's input in training; ranks are merged under
-    ``torch.nn.SyncBatchNorm``. The submodules are read at each call, so they may be fused, converted or replaced at
-    any time. Where they are more than the stock ones (another normalisation, hooks, parametrisations), the layer
-    calls them one by one instead.
+    ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, a training step runs the whole layer by one operator,
+    which keeps the input and the projection's output for the backward. The submodules are read at each call, so they
+    may be fused, converted or replaced at any time. Where they are more than the stock ones (another normalisation,
+    hooks, parametrisations), the layer calls them one by one instead.
 
     Args:
         dim: channels C of input and output.
@@ -211,20 +212,84 @@ class SHSA(nn.Module):
         return f"dim={self.dim}, qk_dim={self.qk_dim}, pdim={self.pdim}"
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, residual=False)
+
+    def with_residual(self, x: Tensor) -> Tensor:
+        """``x + self(x)``, in training by one operator where there is one."""
+        if is_plain(self) and not _hooks_on_all_modules():
+            return self._run(x, residual=True)
+        return x + self(x)
+
+    def _run(self, x: Tensor, residual: bool) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]:
             raise ValueError(f"x must have shape [B, {self.dim}, H, W] with H and W at least 1, got {tuple(x.shape)}")
-        projection = self._foldable(x)
+        projection, rest = self._foldable(x), self._after_relu()
         if projection is None:
-            return self.proj(self._composite(x))
+            y = self.proj(self._composite(x))
+        elif rest is None:
+            y = self.proj(self._attend(x, *projection, relu=False))
+        else:
+            trained = self._trained_as_one(x, *projection, rest)
+            if trained is not None:
+                return self._train(x, *projection, *trained, residual)
+            y = self._attend(x, *projection, relu=True)
+            for module in rest:
+                y = module(y)
+        return x + y if residual else y
+
+    def _after_relu(self) -> list[nn.Module] | None:
+        """What follows the ReLU in front of the projection; None for another activation."""
         proj = self.proj
         if type(proj) is nn.Sequential and is_plain(proj):
             act, *rest = proj._modules.values()
             if type(act) is nn.ReLU and is_plain(act):
-                y = self._attend(x, *projection, relu=True)
-                for module in rest:
-                    y = module(y)
-                return y
-        return proj(self._attend(x, *projection, relu=False))
+                return rest
+        return None
+
+    def _trained_as_one(
+        self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, rest: list[nn.Module]
+    ) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+        """The last convolution and norm where one operator runs the layer: on CPUs, both norms by batch statistics."""
+        if not x.is_cpu or x.dtype not in backends.cpu.MIXER_TRAIN_DTYPES:
+            return None
+        if bn is None or conv.bias is not None or len(rest) != 1:
+            return None
+        last = _conv_and_norm(rest[0])
+        if last is None or type(last[1]) is not nn.BatchNorm2d or last[0].bias is not None:
+            return None
+        weight = last[0].weight
+        fits = weight.shape == (self.dim, self.dim, 1, 1) and weight.dtype == x.dtype and weight.device == x.device
+        by_batch = all(norm.training or norm.running_mean is None for norm in (bn, last[1]))
+        if not (fits and by_batch) or functional.is_autocast(x) or _merges_ranks(bn):
+            return None
+        return last if backends.choose(x, None, self.pdim, self.qk_dim) is backends.cpu else None
+
+    def _train(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        bn: nn.Module,
+        proj: nn.Conv2d,
+        proj_bn: nn.BatchNorm2d,
+        residual: bool,
+    ) -> Tensor:
+        """The whole layer, with the residual if asked for, by one operator."""
+        norm = self.pre_norm
+        for each in (bn, proj_bn):
+            if each.training and each.track_running_stats:
+                each.num_batches_tracked.add_(1)
+        attention = (norm.weight, norm.bias, conv.weight.flatten(1), bn.weight, bn.bias)
+        projection = (proj.weight.flatten(1), proj_bn.weight, proj_bn.bias)
+        epsilons = (norm.eps, bn.eps, proj_bn.eps)
+
+        def track(mean: Tensor, variance: Tensor, proj_mean: Tensor, proj_var: Tensor) -> None:
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            _track(bn, count, x.shape, mean, variance)
+            _track(proj_bn, count, x.shape, proj_mean, proj_var)
+
+        settings = (self.qk_dim, *epsilons, self.scale, residual)
+        y, *_ = backends.cpu.mixer_train(x, *attention, *projection, *settings, measured=track)
+        return y
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""

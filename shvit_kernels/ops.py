@@ -9,7 +9,8 @@ X there are
     shsa_eval_X                                             fold of the running statistics (if any), attention
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
 
-and the operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
+the residual attention layer in training, for the CPU alone: mixer_train_forward, mixer_train_backward; and the
+operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
 fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images and packed weights, in
 float32; ``backends.fused`` says what each computes.
 
@@ -51,6 +52,20 @@ _SCHEMAS = (
     f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
     f"shsa_mixer_X(Tensor x, {_NORM}, {_QKV}, Tensor proj_weight, Tensor? proj_bias, int qk_dim, float norm_eps, "
     "float scale, bool tf32_proj, bool tf32_attn) -> Tensor",
+)
+
+_PROJ = "Tensor proj_weight, Tensor? proj_bn_weight, Tensor? proj_bn_bias"
+_MIXER_TRAIN = (
+    f"{_NORM}, {_BATCH_NORM}, {_PROJ}, int qk_dim, float norm_eps, float bn_eps, float proj_bn_eps, float scale, "
+    "bool residual"
+)
+_MIXER_TRAIN_SAVED = (
+    f"Tensor projected, {_SHSA_SAVED}, Tensor batch_mean, Tensor batch_var, Tensor proj_mean, Tensor proj_var"
+)
+_MIXER_TRAIN_SCHEMAS = (
+    f"mixer_train_forward(Tensor x, {_MIXER_TRAIN}) -> (Tensor out, {_MIXER_TRAIN_SAVED})",
+    f"mixer_train_backward(Tensor dout, Tensor x, {_MIXER_TRAIN_SAVED}, {_MIXER_TRAIN}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 _FUSED_SCHEMAS = (
@@ -156,6 +171,18 @@ def _fake_train_backward(dy, y, *rest):
     return dx, *_fake_gradients(needs[1:], y, norm_weight, norm_bias, weight, bn_weight, bn_bias)
 
 
+def _fake_mixer_train(x, norm_weight, norm_bias, weight, *rest):
+    out, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
+    sizes = (weight.shape[:1], weight.shape[:1], x.shape[1:2], x.shape[1:2])
+    return out, torch.empty_like(out), *statistics, *(x.new_empty(size) for size in sizes)
+
+
+def _fake_mixer_train_backward(dout, x, *rest):
+    parameters, needs = rest[9:17], rest[-1]
+    dx = _empty_image(x, x.shape[1]) if needs[0] else x.new_empty(0)
+    return dx, *_fake_gradients(needs[1:], x, *parameters)
+
+
 def _fake_image(x, *rest):
     return _empty_image(x, x.shape[1])
 
@@ -258,9 +285,11 @@ def define(family: str) -> None:
 for _family in ("native", "triton"):
     define(_family)
 
-for _schema in _FUSED_SCHEMAS:
+_MIXER_TRAIN_FAKES = {"mixer_train_forward": _fake_mixer_train, "mixer_train_backward": _fake_mixer_train_backward}
+
+for _schema in _MIXER_TRAIN_SCHEMAS + _FUSED_SCHEMAS:
     _library.define(_schema)
-for _name, _fake in _FUSED_FAKES.items():
+for _name, _fake in (_MIXER_TRAIN_FAKES | _FUSED_FAKES).items():
     torch.library.register_fake(f"shvit_kernels::{_name}", _on_one_device(_fake), lib=_library)
 
 
@@ -280,13 +309,17 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _gradients(ctx, function: str, family: str, *arguments):
-    """Run a backward operator; None for gradients that are not needed. The inputs start with the family's name."""
-    needs = ctx.needs_input_grad[1 : 1 + ctx.tensors]
-    results = FAMILIES[family][f"{function}_backward"](*arguments, list(needs))
+def _run_backward(function: str, operator: Callable, needs: tuple[bool, ...], *arguments) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function``; None for those that are not needed."""
+    results = operator(*arguments, list(needs))
     results = tuple(g if need else None for g, need in zip(results, needs, strict=True))
-    if torch.is_grad_enabled():
-        results = _Once.apply(f"shvit_kernels.{function}", *results)
+    return _Once.apply(f"shvit_kernels.{function}", *results) if torch.is_grad_enabled() else results
+
+
+def _gradients(ctx, function: str, family: str, *arguments):
+    """Run a family's backward operator. The inputs start with the family's name."""
+    needs = ctx.needs_input_grad[1 : 1 + ctx.tensors]
+    results = _run_backward(function, FAMILIES[family][f"{function}_backward"], needs, *arguments)
     return None, *results, *(None,) * (len(ctx.needs_input_grad) - 1 - ctx.tensors)
 
 
@@ -338,6 +371,39 @@ class ShsaTrain(torch.autograd.Function):
         y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
         return _gradients(ctx, "shsa_train", ctx.family, dy, y, *rest, *ctx.settings)
+
+
+MIXER_TRAIN_TENSORS, MIXER_TRAIN_ARGUMENTS = 9, 15
+"""How many arguments of mixer_train_forward are tensors, the first ones, and how many there are."""
+
+
+class MixerTrain(torch.autograd.Function):
+    """``apply(x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias,
+    *settings, *results)`` of mixer_train_forward: its first result, differentiable.
+
+    The operator runs before, so that a layer can update its running statistics in between: gradient checkpointing runs
+    a layer again, but not beyond the last tensor that is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        x, *parameters = arguments[:MIXER_TRAIN_TENSORS]
+        out, *saved = arguments[MIXER_TRAIN_ARGUMENTS:]
+        ctx.settings = arguments[MIXER_TRAIN_TENSORS:MIXER_TRAIN_ARGUMENTS]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *saved, *parameters)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, *rest = ctx.saved_tensors
+        dout = dout.contiguous(memory_format=memory_format(x))
+        needs = ctx.needs_input_grad[:MIXER_TRAIN_TENSORS]
+        operator = torch.ops.shvit_kernels.mixer_train_backward.default
+        results = _run_backward("mixer_train", operator, needs, dout, x, *rest, *ctx.settings)
+        return *results, *(None,) * (len(ctx.needs_input_grad) - MIXER_TRAIN_TENSORS)
 
 
 class PartialMoments(torch.autograd.Function):

@@ -8,7 +8,7 @@
 
 namespace shvit {
 
-constexpr int kMaxPhases = 7;
+constexpr int kMaxPhases = 20;
 
 struct Plan {
   int phases = 0;
@@ -42,6 +42,7 @@ struct ShsaForwardParams {
   void *y, *mean, *rstd, *row_max, *row_sum;  // image, [B], [B], [B, N], [B, N]; the last four
                                               // are what a backward needs, or all null
   void* x1;                                   // with batch_norm: a copy of the first P channels, or null
+  int64_t y_row;  // if not 0, y holds the first P channels of each token alone, so far apart
   void* workspace;
 };
 
@@ -53,6 +54,30 @@ struct ShsaBackwardParams {
   BatchNorm batch_norm;
   void *dx, *dnorm_weight, *dnorm_bias, *dqkv_weight, *dqkv_bias;  // null where not needed
   void *dbn_weight, *dbn_bias;                                     // [O], with batch_norm
+  int64_t x1_channels;    // of the images that x1 are the first channels of
+  int64_t dy_row, y_row;  // if not 0, dy and y hold the first P channels of each token alone, so far apart,
+  const void* residual;   // and dx gets those alone, plus those of this image; null if absent
+  void* made_y;           // with y_row, short images: y is made once more and written here, or null
+  void* workspace;
+};
+
+// The residual attention layer in training.
+struct MixerTrainForwardParams {
+  ShsaForwardParams attention;  // with batch_norm and ReLU; y, y_row and workspace are ours
+  bool residual;
+  const void* proj_weight;  // [C, C]
+  BatchNorm proj_norm;      // of C channels
+  void *projected, *out;    // images
+  void* workspace;
+};
+
+struct MixerTrainBackwardParams {
+  ShsaBackwardParams attention;  // as above; dy, y, their rows and residual are ours; x1 is x
+  double norm_eps;
+  bool residual;
+  const void *dout, *projected, *proj_weight;
+  BatchNorm proj_norm;
+  void *dproj_weight, *dproj_norm_weight, *dproj_norm_bias;  // null where not needed
   void* workspace;
 };
 
@@ -159,10 +184,16 @@ struct FusedKernels {
   Kernel<PoolParams> pool;
 };
 
+struct MixerTrainKernels {
+  Kernel<MixerTrainForwardParams> forward;
+  Kernel<MixerTrainBackwardParams> backward;
+};
+
 // The kernels compiled for one instruction set, for each storage type; those of fused models in float32.
 struct Variant {
   const char* name;
   Kernels float32, float64, bfloat16;
+  MixerTrainKernels mixer_train_float32, mixer_train_float64;
   FusedKernels fused;
   double (*fma_flops)(int64_t repeats);  // runs fused multiply-adds in registers, returns how many operations
 };

@@ -86,6 +86,7 @@ void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm&
                            saved ? data(saved->row_max) : nullptr,
                            saved ? data(saved->row_sum) : nullptr,
                            x1,
+                           0,
                            nullptr};
   run(kernels.shsa_forward, params);
 }
@@ -119,6 +120,11 @@ void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, c
                             dqkv_bias,
                             dbn_weight,
                             dbn_bias,
+                            s.P,
+                            0,
+                            0,
+                            nullptr,
+                            nullptr,
                             nullptr};
   run(kernels.shsa_backward, params);
 }

@@ -62,6 +62,9 @@ SHVIT_INLINE ImageView<S> image_view(S* data, int64_t image, int64_t C, int64_t 
   return channels_last ? ImageView<S>{base, 1, C} : ImageView<S>{base, N, 1};
 }
 
+// Rows that are transposed at a time: what they become in float32 is a cache line, which is then written whole.
+constexpr int64_t kTransposed = 16;
+
 // dst[j][i] = src[i][j], with conversion between storage and compute type.
 template <class From, class To>
 SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd) {
@@ -74,26 +77,28 @@ SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t 
   typedef typename ExpConstants<T>::Bits Mask __attribute__((vector_size(VB)));
 #define SHVIT_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Mask{i, j, k, l})
 #endif
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
+  const auto block = [&](int64_t i, int64_t j) SHVIT_INLINE_LAMBDA {
     const From* s = src + i * lds;
-    int64_t j = 0;
-    for (; j + 4 <= cols; j += 4) {
-      const V a = load_wide<VB>(s + j), b = load_wide<VB>(s + lds + j), c = load_wide<VB>(s + 2 * lds + j),
-              d = load_wide<VB>(s + 3 * lds + j);
-      const V ab_lo = SHVIT_SHUFFLE(a, b, 0, 4, 1, 5), ab_hi = SHVIT_SHUFFLE(a, b, 2, 6, 3, 7);
-      const V cd_lo = SHVIT_SHUFFLE(c, d, 0, 4, 1, 5), cd_hi = SHVIT_SHUFFLE(c, d, 2, 6, 3, 7);
-      To* t = dst + j * ldd + i;
-      store_narrow<VB>(t, SHVIT_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5));
-      store_narrow<VB>(t + ldd, SHVIT_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7));
-      store_narrow<VB>(t + 2 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5));
-      store_narrow<VB>(t + 3 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7));
-    }
-    for (; j < cols; ++j)
-      for (int r = 0; r < 4; ++r) narrow(dst + j * ldd + i + r, widen(s[r * lds + j]));
+    const V a = load_wide<VB>(s + j), b = load_wide<VB>(s + lds + j), c = load_wide<VB>(s + 2 * lds + j),
+            d = load_wide<VB>(s + 3 * lds + j);
+    const V ab_lo = SHVIT_SHUFFLE(a, b, 0, 4, 1, 5), ab_hi = SHVIT_SHUFFLE(a, b, 2, 6, 3, 7);
+    const V cd_lo = SHVIT_SHUFFLE(c, d, 0, 4, 1, 5), cd_hi = SHVIT_SHUFFLE(c, d, 2, 6, 3, 7);
+    To* t = dst + j * ldd + i;
+    store_narrow<VB>(t, SHVIT_SHUFFLE(ab_lo, cd_lo, 0, 1, 4, 5));
+    store_narrow<VB>(t + ldd, SHVIT_SHUFFLE(ab_lo, cd_lo, 2, 3, 6, 7));
+    store_narrow<VB>(t + 2 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 0, 1, 4, 5));
+    store_narrow<VB>(t + 3 * ldd, SHVIT_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7));
+  };
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t first = 0; first < rows; first += kTransposed) {
+    const int64_t end = first + kTransposed < rows ? first + kTransposed : rows;
+    const int64_t whole = end < whole_rows ? end : whole_rows;
+    for (int64_t j = 0; j < whole_cols; j += 4)
+      for (int64_t i = first; i < whole; i += 4) block(i, j);
+    for (int64_t i = first; i < end; ++i)
+      for (int64_t j = i < whole ? whole_cols : 0; j < cols; ++j)
+        narrow(dst + j * ldd + i, widen(src[i * lds + j]));
   }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) narrow(dst + j * ldd + i, widen(src[i * lds + j]));
 #undef SHVIT_SHUFFLE
 }
 
@@ -204,6 +209,38 @@ SHVIT_INLINE void map_image(ImageView<const S> src, ImageView<S> dst, int64_t ch
   }
 }
 
+// f(vector or scalar, i) for n contiguous values.
+template <class T, int VB, class F>
+SHVIT_INLINE void for_row(int64_t n, F f) {
+  constexpr int W = kLanes<T, VB>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(Vec<T, VB>{}, i);
+  for (; i < n; ++i) f(T(0), i);
+}
+
+// dst[i] = f(vector or scalar, i) for n contiguous values, each from values at i alone.
+template <int VB, class T, class F>
+SHVIT_INLINE void make_row(T* dst, int64_t n, F f) {
+  for_row<T, VB>(n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA { store(dst + i, f(lane, i)); });
+}
+
+// dst += src for `channels` channels and n tokens of two images in the same order.
+template <int VB, class S>
+SHVIT_INLINE void add_image(ImageView<const S> src, ImageView<S> dst, int64_t channels, int64_t n) {
+  using T = typename ComputeOf<S>::type;
+  constexpr int W = kLanes<T, VB>;
+  const bool by_channel = src.token_stride == 1;
+  const int64_t rows = by_channel ? channels : n, length = by_channel ? n : channels;
+  const int64_t stride = by_channel ? src.channel_stride : src.token_stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* s = src.data + r * stride;
+    S* d = dst.data + r * stride;
+    int64_t i = 0;
+    for (; i + W <= length; i += W) store_narrow<VB>(d + i, load_wide<VB>(d + i) + load_wide<VB>(s + i));
+    for (; i < length; ++i) narrow(d + i, widen(d[i]) + widen(s[i]));
+  }
+}
+
 // dst = gradient where y is positive (or NaN), 0 elsewhere; all three images in the same order.
 template <int VB, class S>
 SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, ImageView<S> dst,
@@ -310,6 +347,7 @@ constexpr int64_t kShortTokens = 256;
 constexpr int64_t kGroupTokens = 64;
 constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kBlockLd = kBlockTokens + 16;  // not a power of two: rows would share cache sets
+constexpr int64_t kQueryColumns = 32;            // queries of a block of scores [keys, queries]
 
 template <class T, int VB>
 struct Groups {

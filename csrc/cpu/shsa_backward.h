@@ -63,6 +63,7 @@ struct ShsaBackward {
     Bump bump;
     T *normal, *z, *zt, *y;                 // [P, ld], [P, ld], [ld, P], [P, ld]
     T *probabilities, *dscores, *kt, *dqt;  // [24, keys], [24, keys], [keys, D], [ld or 24, D]
+    T *columns, *made;                      // [keys, 32], [P, 32]
     Scratch(void* base, const Sizes& s, int64_t ld, int64_t keys)
         : bump(base),
           normal(bump.take<T>(s.P * ld)),
@@ -72,7 +73,9 @@ struct ShsaBackward {
           probabilities(bump.take<T>(kQueryRows * padded(keys))),
           dscores(bump.take<T>(kQueryRows * padded(keys))),
           kt(bump.take<T>(keys * padded(s.D))),
-          dqt(bump.take<T>(kQueryRows * padded(s.D))) {}
+          dqt(bump.take<T>(kQueryRows * padded(s.D))),
+          columns(bump.take<T>(keys * kQueryColumns)),
+          made(bump.take<T>(s.P * kQueryColumns)) {}
   };
   static Scratch scratch_of(Bump& bump, void* base, const Sizes& s) {
     const int64_t ld = is_short(s) ? Groups<T, VB>(s).ld : kBlockLd;
@@ -195,11 +198,17 @@ struct ShsaBackward {
   static ImageView<const S> whole(const Params& a, const void* data, int64_t image) {
     return image_view(static_cast<const S*>(data), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
+  // dy or y: whole images, or rows of their first P channels.
+  static ImageView<const S> first(const Params& a, const void* data, int64_t row, int64_t image) {
+    if (!row) return whole(a, data, image);
+    return {static_cast<const S*>(data) + image * a.sizes.N * row, 1, row};
+  }
 
   // normal and z of n tokens, from x1 and the saved statistics.
   static void load_z(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* normal, T* z) {
     const Sizes& s = a.sizes;
-    const auto x1 = image_view(static_cast<const S*>(a.x1), image, s.P, s.N, a.x1_channels_last).at(0, token);
+    const auto x1 =
+        image_view(static_cast<const S*>(a.x1), image, a.x1_channels, s.N, a.x1_channels_last).at(0, token);
     if (!a.norm_weight) {
       load_panel<VB>(x1, s.P, n, z, ld);
       return;
@@ -214,8 +223,8 @@ struct ShsaBackward {
   static void load_dout(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* y, T* dout,
                         T* delta) {
     const Sizes& s = a.sizes;
-    load_panel<VB>(whole(a, a.dy, image).at(0, token), s.P, n, dout, ld);
-    load_panel<VB>(whole(a, a.y, image).at(0, token), s.P, n, y, ld);
+    load_panel<VB>(first(a, a.dy, a.dy_row, image).at(0, token), s.P, n, dout, ld);
+    if (!a.made_y) load_panel<VB>(first(a, a.y, a.y_row, image).at(0, token), s.P, n, y, ld);
     using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
     const Parts depth{s.P, depth_pieces(s.P)};
     for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
@@ -235,6 +244,35 @@ struct ShsaBackward {
       }
       store(delta + t, sum);
     }
+  }
+
+  // y of a short image, from its panel of q, k and v and the saved statistics.
+  static void make_y(const Params& a, int64_t image, const T* qkv, int64_t ld, T* y, const Scratch& scratch) {
+    const Sizes& s = a.sizes;
+    const T *k = qkv + s.D * ld, *v = k + s.D * ld;
+    for (int64_t t = 0; t < s.N; t += kQueryColumns) {
+      const int64_t queries = min64(kQueryColumns, s.N - t), offset = image * s.N + t;
+      T highest[kQueryColumns], inverse[kQueryColumns];  // of no query: probabilities of zero
+      for (int64_t j = 0; j < kQueryColumns; ++j) {
+        highest[j] = j < queries ? typed(a.row_max)[offset + j] : static_cast<T>(__builtin_inf());
+        inverse[j] = j < queries ? T(1) / typed(a.row_sum)[offset + j] : T(0);
+      }
+      gemm<T, VB>(s.N, queries, s.D, {k, 1, ld}, qkv + t, ld, scratch.columns, kQueryColumns);
+      for (int64_t i = 0; i < s.N; ++i)
+        for (int64_t j = 0; j < queries; j += W) {
+          T* score = scratch.columns + i * kQueryColumns + j;
+          store(score, exp_nonpositive<T, VB>(load<V>(score) - load<V>(highest + j)));
+        }
+      gemm<T, VB>(s.P, queries, s.N, {v, ld, 1}, scratch.columns, kQueryColumns, scratch.made, kQueryColumns);
+      using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+      for (int64_t p = 0; p < s.P; ++p)
+        for (int64_t j = 0; j < queries; j += kColumnStep<T, VB>) {
+          const Step value = load<Step>(scratch.made + p * kQueryColumns + j) * load<Step>(inverse + j);
+          store(y + p * ld + t + j, max0(value));
+        }
+    }
+    store_panel<VB>(y, ld, s.P, s.N,
+                    ImageView<S>{static_cast<S*>(a.made_y) + image * s.N * a.y_row, 1, a.y_row});
   }
 
   // All queries of a panel against one block of keys: adds to dk and dv of the keys and to dq [queries, D].
@@ -333,6 +371,10 @@ struct ShsaBackward {
     const Sizes& s = a.sizes;
     const auto dx = image_view(static_cast<S*>(a.dx), image, s.C, s.N, a.channels_last).at(0, token);
     store_panel<VB>(dx1, ld, s.P, n, dx);
+    if (a.dy_row) {
+      if (a.residual) add_image<VB>(whole(a, a.residual, image).at(0, token), dx, s.P, n);
+      return;
+    }
     const auto dy = whole(a, a.dy, image).at(s.P, token), y = whole(a, a.y, image).at(s.P, token);
     const auto rest = dx.at(s.P, 0);
     if (a.relu) {
@@ -374,11 +416,12 @@ struct ShsaBackward {
     const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
     const int64_t columns = images * groups.distance;
     load_group(a, groups, group, scratch);
+    project_panel(a, columns, ld, scratch.z, panels.qkv, staged.normal);
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance;
+      if (a.made_y) make_y(a, first + i, panels.qkv + column, ld, scratch.y + column, scratch);
       load_dout(a, first + i, 0, s.N, ld, scratch.y + column, panels.dout + column, panels.delta + column);
     }
-    project_panel(a, columns, ld, scratch.z, panels.qkv, staged.normal);
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance, offset = (first + i) * s.N;
       const T* qkv = panels.qkv + column;

@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t kQueryColumns = 32;
-
 template <class T>
 struct QueryState {
   T *scores, *out, *row_max, *row_sum;  // [keys, 32], [P, 32], [32], [32]
@@ -146,6 +144,7 @@ struct ShsaForward {
     return image_view(static_cast<const S*>(a.x), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
   static ImageView<S> y(const Params& a, int64_t image) {
+    if (a.y_row) return {static_cast<S*>(a.y) + image * a.sizes.N * a.y_row, 1, a.y_row};
     return image_view(static_cast<S*>(a.y), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
 
@@ -219,6 +218,7 @@ struct ShsaForward {
   }
 
   static void copy_rest(const Params& a, int64_t image, int64_t token, int64_t n) {
+    if (a.y_row) return;
     const Sizes& s = a.sizes;
     const auto from = x(a, image).at(s.P, token);
     const auto to = y(a, image).at(s.P, token);

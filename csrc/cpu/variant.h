@@ -7,6 +7,7 @@
 #include "convolution.h"
 #include "fold.h"
 #include "mixer.h"
+#include "mixer_train.h"
 #include "moments.h"
 #include "shsa_backward.h"
 #include "shsa_forward.h"
@@ -22,6 +23,11 @@ template <class S, int VB>
 constexpr shvit::Kernels kernels() {
   return {kernel<ShsaForward<S, VB>>(), kernel<ShsaBackward<S, VB>>(), kernel<MomentsForward<S, VB>>(),
           kernel<MomentsBackward<S, VB>>(), kernel<Fold<S, VB>>()};
+}
+
+template <class T, int VB>
+constexpr shvit::MixerTrainKernels mixer_train_kernels() {
+  return {kernel<MixerTrainForward<T, VB>>(), kernel<MixerTrainBackward<T, VB>>()};
 }
 
 template <int VB>
@@ -49,9 +55,14 @@ double fma_flops(int64_t repeats) {
 
 template <int VB>
 constexpr shvit::Variant variant(const char* name) {
-  return {
-      name,          kernels<float, VB>(), kernels<double, VB>(), kernels<BFloat16, VB>(), fused_kernels<VB>(),
-      &fma_flops<VB>};
+  return {name,
+          kernels<float, VB>(),
+          kernels<double, VB>(),
+          kernels<BFloat16, VB>(),
+          mixer_train_kernels<float, VB>(),
+          mixer_train_kernels<double, VB>(),
+          fused_kernels<VB>(),
+          &fma_flops<VB>};
 }
 
 }  // namespace

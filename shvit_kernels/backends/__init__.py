@@ -8,6 +8,8 @@ A backend is a module with
     why_not(x, pdim=1, qk_dim=1)         None, or one sentence: why it cannot run this call
     shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer
                                          the functions, as ``eager`` defines them, on validated arguments
+
+``cpu`` and ``eager`` have ``mixer_train`` too.
 """
 
 import difflib

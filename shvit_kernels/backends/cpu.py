@@ -1,5 +1,7 @@
 """The ``cpu`` backend: the C++ kernels of the native library."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ name = "cpu"
 devices = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+MIXER_TRAIN_DTYPES = (torch.float32, torch.float64)
 
 
 def why_unavailable() -> str | None:
@@ -27,6 +30,30 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
 
 
 shsa, partial_moments, shsa_train, shsa_eval, _ = operators.functions("native")
+
+
+def mixer_train(
+    x: Tensor, *rest, measured: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One operator in float32 and float64; in bfloat16 the projection is PyTorch's.
+
+    ``measured`` is called with the statistics, before anything is saved for the backward.
+    """
+    tensors = (x, *rest[:8])
+    if any(t is not None and t.dtype not in MIXER_TRAIN_DTYPES for t in tensors):
+        out, *statistics = eager.mixer_train_after(shsa_train, x, *rest)
+        if measured is not None:
+            measured(*statistics)
+        return out, *statistics
+    x = ops.readable(x)
+    with torch.no_grad():
+        out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
+    statistics = saved[5:]
+    if measured is not None:
+        measured(*statistics)
+    if operators.tracks_gradients(*tensors):
+        out = ops.MixerTrain.apply(x, *rest, out, *saved)
+    return out, *statistics
 
 
 def shsa_mixer(

@@ -133,6 +133,45 @@ def shsa_train(
     return y, mean, variance
 
 
+def mixer_train_after(
+    attend: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bn_weight: Tensor | None,
+    proj_bn_bias: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    bn_eps: float,
+    proj_bn_eps: float,
+    scale: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``attend``, a ``shsa_train``, with ReLU, then the projection ``[C, C]``, batch-normalised by its own statistics,
+    and the residual if asked for: the result, and the mean and variance of both projections."""
+    parameters = (norm_weight, norm_bias, weight, bn_weight, bn_bias)
+    y, mean, variance = attend(x, *parameters, qk_dim, norm_eps, bn_eps, scale, True, False, False)
+    with _full_precision(x):
+        proj_weight, proj_bn_weight, proj_bn_bias = _as(x.dtype, proj_weight, proj_bn_weight, proj_bn_bias)
+        projected = F.conv2d(y, proj_weight[:, :, None, None])
+        values = projected.to(sum_dtype(x.dtype)).transpose(0, 1).flatten(1)
+        count = max(values.shape[1], 1)  # no tokens: zeros, not NaN
+        proj_mean = values.sum(dim=1) / count
+        proj_var = (values - proj_mean[:, None]).square().sum(dim=1) / count
+        # Not F.batch_norm, which refuses a single value per channel: that is for the layer to say.
+        out = torch.batch_norm(
+            projected, proj_bn_weight, proj_bn_bias, None, None, True, 0.0, proj_bn_eps, torch.backends.cudnn.enabled
+        )
+        return x + out if residual else out, mean, variance, proj_mean, proj_var
+
+
+mixer_train = partial(mixer_train_after, shsa_train)
+
+
 def fold_and(
     attend: Callable[..., Tensor],
     x: Tensor,

@@ -35,7 +35,7 @@ class Residual(nn.Module):
         self.m = m
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.m(x)
+        return self.m.with_residual(x) if type(self.m) is SHSA else x + self.m(x)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

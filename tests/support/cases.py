@@ -222,15 +222,21 @@ def away_from_the_edge(call: Call, case: Case) -> Call:
     return call
 
 
-def train_call(case: Case) -> Call:
-    """``shsa_train``, the operator of a layer in training, on the tensors of the case; its ``bias`` is "affine"."""
-    source = generator(case)
+def train_inputs(case: Case, source: torch.Generator) -> dict[str, Tensor | None]:
+    """Random tensors under the names of ``shsa_train``; its batch normalisation is affine if the case has a bias."""
     x = strided(case, source)
     drawn = parameters(case, source)
     inputs = {"x": x, **{k: drawn[k] for k in ("norm_weight", "norm_bias")}, "weight": drawn["qkv_weight"]}
     inputs["bn_weight"] = None if drawn["qkv_bias"] is None else drawn["qkv_bias"] + 1
     inputs["bn_bias"] = drawn["qkv_bias"]
-    dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
+    return inputs
+
+
+def train_call(case: Case) -> Call:
+    """``shsa_train``, the operator of a layer in training, on the tensors of the case; its ``bias`` is "affine"."""
+    source = generator(case)
+    inputs = train_inputs(case, source)
+    dy = torch.randn(inputs["x"].shape, generator=source, dtype=torch.float64).to(case.dtype)
 
     def function(x: Tensor, backend: str, relu: bool = case.relu, **rest) -> Results:
         settings = (case.D, 1e-5, 1e-5, case.D**-0.5, relu, False, False)
@@ -238,6 +244,36 @@ def train_call(case: Case) -> Call:
         return {"y": y, "mean": mean, "variance": variance}
 
     return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
+
+
+def mixer_train_call(case: Case, residual: bool = True) -> Call:
+    """``mixer_train``, the operator of a whole layer in training, on the tensors of the case; ``bias`` is "affine".
+
+    Drawn anew until attention's output keeps away from zero, where rounding would decide about ReLU's gradient.
+    """
+    affine, C = case.bias, case.P + case.beyond
+    source = generator(case)
+    while True:
+        inputs = train_inputs(case, source)
+        settings = (case.D, 1e-5, 1e-5, case.D**-0.5, False, False, False)
+        wide = [t if t is None else t.double() for t in inputs.values()]
+        y1 = backends.get("eager").shsa_train(*wide, *settings)[0][:, : case.P]
+        if not case.B or y1.abs().min() > 4 * unit_roundoff(case.dtype) * y1.abs().max():
+            break
+    drawn = {
+        "proj_weight": torch.randn(C, C, generator=source, dtype=torch.float64) / C**0.5,
+        "proj_bn_weight": 0.5 + torch.rand(C, generator=source, dtype=torch.float64) if affine else None,
+        "proj_bn_bias": 0.2 * torch.randn(C, generator=source, dtype=torch.float64) if affine else None,
+    }
+    inputs |= {k: t if t is None else t.to(case.parameter_dtype) for k, t in drawn.items()}
+    dout = torch.randn(inputs["x"].shape, generator=source, dtype=torch.float64).to(case.dtype)
+
+    def function(x: Tensor, backend: str, **rest) -> Results:
+        settings = (case.D, 1e-5, 1e-5, 1e-5, case.D**-0.5, residual)
+        out, *statistics = backends.get(backend).mixer_train(x, *rest.values(), *settings)
+        return {"out": out} | dict(zip(("mean", "variance", "proj_mean", "proj_variance"), statistics, strict=True))
+
+    return Call(function, inputs, {"out": dout})
 
 
 def eval_call(case: Case, batch_norm: str = "affine") -> Call:

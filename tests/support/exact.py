@@ -35,6 +35,37 @@ def of_moments(call: Call) -> tuple[Results, dict[str, float]]:
     return results, sizes
 
 
+def _own_parameters(case: Case, call: Call) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    """Parameters of its own for every image, and with them attention before ReLU and S of the projection's mean.
+
+    Batch statistics are constants.
+    """
+    x = call.inputs["x"]
+    given = {k: t for k, t in call.inputs.items() if k != "x" and t is not None}
+    own = {k: t.expand(case.B, *t.shape).clone().requires_grad_() for k, t in given.items()}
+    z = x[:, : case.P]
+    if "norm_weight" in own:
+        z = F.group_norm(z, 1) * own["norm_weight"][:, :, None, None]
+    if "norm_bias" in own:
+        z = z + own["norm_bias"][:, :, None, None]
+    projected = own["weight"] @ z.flatten(2)
+    qkv = _batch_normed(projected, own.get("bn_weight"), own.get("bn_bias"))
+    q, k, v = qkv.split([case.D, case.D, case.P], dim=1)
+    attended = v @ (q.mT @ k * case.D**-0.5).softmax(-1).mT
+    return own, torch.cat([attended, x[:, case.P :].flatten(2)], 1), _typical(projected)
+
+
+def _batch_normed(projected: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    variance, mean = torch.var_mean(projected.detach(), (0, 2), correction=0, keepdim=True)
+    normal = (projected - mean) / (variance + 1e-5).sqrt()
+    return normal if weight is None else normal * weight[:, :, None] + bias[:, :, None]
+
+
+def _typical(projected: torch.Tensor) -> float:
+    """S of a mean: the largest average of absolute values."""
+    return largest(projected.detach().abs().mean((0, 2)))
+
+
 def of_training(case: Case) -> Exact:
     """Results in float64, and S of each.
 
@@ -45,30 +76,36 @@ def of_training(case: Case) -> Exact:
     def of(call: Call) -> tuple[Results, dict[str, float]]:
         results = call.run("eager")
         sizes = {k: largest(t) for k, t in results.items()}
-        x, B = call.inputs["x"], case.B
-        if not B:
+        if not case.B:
             return results, sizes
-        given = {k: t for k, t in call.inputs.items() if k != "x" and t is not None}
-        own = {k: t.expand(B, *t.shape).clone().requires_grad_() for k, t in given.items()}
-        z = x[:, : case.P]
-        if "norm_weight" in own:
-            z = F.group_norm(z, 1) * own["norm_weight"][:, :, None, None]
-        if "norm_bias" in own:
-            z = z + own["norm_bias"][:, :, None, None]
-        projected = own["weight"] @ z.flatten(2)
-        variance, mean = torch.var_mean(projected.detach(), (0, 2), correction=0, keepdim=True)
-        qkv = (projected - mean) / (variance + 1e-5).sqrt()
-        if "bn_weight" in own:
-            qkv = qkv * own["bn_weight"][:, :, None] + own["bn_bias"][:, :, None]
-        q, k, v = qkv.split([case.D, case.D, case.P], dim=1)
-        attended = v @ (q.mT @ k * case.D**-0.5).softmax(-1).mT
-        y = torch.cat([attended, x[:, case.P :].flatten(2)], 1).view_as(x)
-        y = y.relu() if case.relu else y
+        own, y, sizes["mean"] = _own_parameters(case, call)
+        y = (y.relu() if case.relu else y).view_as(call.inputs["x"])
         grads = torch.autograd.grad(y, list(own.values()), call.upstream["y"])
         for name, parts in zip(own, grads, strict=True):
             sizes[f"d{name}"] = sum(largest(part) for part in parts)
         assert largest(y.detach() - results["y"]) <= 1e-9 * sizes["y"]  # it is the same function
-        sizes["mean"] = largest(projected.detach().abs().mean((0, 2)))
+        return results, sizes
+
+    return of
+
+
+def of_mixer_training(case: Case, residual: bool) -> Exact:
+    """Results of ``mixer_train`` in float64, and S of each, as for :func:`of_training`."""
+
+    def of(call: Call) -> tuple[Results, dict[str, float]]:
+        results = call.run("eager")
+        sizes = {k: largest(t) for k, t in results.items()}
+        if not case.B:
+            return results, sizes
+        own, y, sizes["mean"] = _own_parameters(case, call)
+        projected = own["proj_weight"] @ y.relu()
+        out = _batch_normed(projected, own.get("proj_bn_weight"), own.get("proj_bn_bias"))
+        out = out.view_as(call.inputs["x"]) + (call.inputs["x"] if residual else 0)
+        grads = torch.autograd.grad(out, list(own.values()), call.upstream["out"])
+        for name, parts in zip(own, grads, strict=True):
+            sizes[f"d{name}"] = sum(largest(part) for part in parts)
+        assert largest(out.detach() - results["out"]) <= 1e-9 * sizes["out"]  # it is the same function
+        sizes["proj_mean"] = _typical(projected)
         return results, sizes
 
     return of

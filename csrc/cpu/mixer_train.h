@@ -1,0 +1,743 @@
+// The residual attention layer in training: out = (x +) BN(W y), y = relu(shsa(x)), both batch normalisations
+// by the statistics of the batch (design section 2, mixer_train).
+//
+//     forward    p = W y   n = (p - mean) rstd   out = (x +) gamma n + beta
+//     backward   dgamma = sum dout n   dbeta = sum dout   dp = gamma rstd (dout - (dbeta + n dgamma) / count)
+//                dy = W^T dp   dW = sum dp y^T   dx = dy through the attention (+ dout)
+//
+// All products are of matrices in the order of x: tokens are rows of channels (channels_last), whose weights
+// are packed, or channels are rows of tokens (NCHW), several images side by side. Only the y of dW always has a
+// row for each token. The forward keeps p, in the order of x; the backward makes y once more.
+#pragma once
+
+#include "shsa_backward.h"
+#include "shsa_forward.h"
+
+namespace {
+
+// Blocks of tokens: some short images, or a part of a long one. Each has partial sums of its own. Rows of
+// channels stay in the second-level cache; tokens side by side fill whole vectors better when there are more of
+// them.
+struct RowBlocks {
+  static constexpr int64_t kFewestRows = 64;
+  int64_t B, N, images, parts, count;  // images of a block, or blocks of an image; blocks
+
+  RowBlocks(const Sizes& s, bool channels_last) : B(s.B), N(s.N), images(1) {
+    const int64_t most = channels_last ? 128 : 256, enough = channels_last ? 8 : 4;  // for some threads
+    parts = ceil_div(N, most);
+    if (parts == 1) images = max64(max64(kFewestRows, min64(most, B * N / enough)) / N, 1);
+    count = parts == 1 ? ceil_div(B, images) : B * parts;
+  }
+  int64_t most_rows() const { return images * ceil_div(N, parts); }
+
+  struct Block {
+    int64_t image, images, token, n;  // n tokens of each image
+    int64_t rows() const { return images * n; }
+  };
+  Block block(int64_t i) const {
+    const Parts tokens{N, parts};
+    if (parts == 1) return {i * images, min64(images, B - i * images), 0, N};
+    return {i / parts, 1, tokens.begin(i % parts), tokens.end(i % parts) - tokens.begin(i % parts)};
+  }
+  int64_t first_row(int64_t i) const { return block(i).image * N + block(i).token; }
+};
+
+// Rows an odd number of cache lines apart, so that columns do not share cache sets.
+template <class T>
+SHVIT_INLINE int64_t row_distance(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
+// Into rows, of which only `columns` are there.
+template <class T>
+struct RowsFinish {
+  static constexpr bool kDeep = true;
+  T* c;
+  int64_t columns, ld;
+
+  template <class V>
+  SHVIT_INLINE void operator()(int64_t row, int64_t column, V v) const {
+    constexpr int64_t W = sizeof(V) / sizeof(T);
+    T* p = c + row * ld + column;
+    if (columns - column >= W) {
+      store(p, v);
+    } else {
+      T lanes[W];
+      store(lanes, v);
+      for (int64_t i = 0; i < columns - column; ++i) p[i] = lanes[i];
+    }
+  }
+};
+
+template <class T, int VB>
+__attribute__((noinline)) void product_of_rows(int64_t M, int64_t C, const T* rows, int64_t ld, const T* packed,
+                                               RowsFinish<T> finish) {
+  gemm_packed<T, VB>(M, C, {rows, ld, 1}, packed, 0, C, finish);
+}
+
+// Adds to (or starts) a matrix in cache.
+template <class T>
+struct SumFinish {
+  static constexpr bool kDeep = true;
+  T* c;
+  int64_t ld;
+  bool first;
+
+  template <class V>
+  SHVIT_INLINE void operator()(int64_t row, int j, V v) const {
+    T* p = c + row * ld + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
+    store(p, first ? v : load<V>(p) + v);
+  }
+};
+
+// C[M, columns] = A[M, K] B[K, columns] with whole vectors of B and C, or adds to it.
+template <class T, int VB>
+__attribute__((noinline)) void product_of_panels(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
+                                                 const T* b, int64_t ldb, T* c, int64_t ldc, bool first) {
+  constexpr int W = kLanes<T, VB>, MR = kTileRows<VB, true>;
+  const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
+    constexpr int kBytes = decltype(bytes)::value;
+    gemm_column<T, kBytes, decltype(count)::value, MR>(M, K, a, {b + n, ldb, W},
+                                                       SumFinish<T>{c + n, ldc, first});
+  };
+  constexpr int64_t kHalf = VB > 16 ? W / 2 : 0;
+  int64_t n = 0;
+  for (; columns - n > W + kHalf; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
+  if (columns - n > kHalf) {
+    column(Count<VB>{}, Count<1>{}, n);
+    n += W;
+  }
+  if constexpr (kHalf > 0) {
+    if (n < columns) column(Count<VB / 2>{}, Count<1>{}, n);
+  }
+}
+
+// From one channel to the next, in a block of tokens side by side.
+template <class T, int VB>
+SHVIT_INLINE int64_t block_distance(const Sizes& s) {
+  return row_distance<T>(round_up(RowBlocks(s, false).most_rows(), 2 * kLanes<T, VB>));
+}
+
+// Panel `panel` of packed B[C, C] = W^T, or W itself.
+template <class T>
+SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_t panel, T* packed) {
+  const int64_t first = panel * kPanel, n = min64(kPanel, C - first);
+  T* to = packed + first * C;
+  if (n < kPanel)
+    for (int64_t i = 0; i < C * kPanel; ++i) to[i] = 0;
+  if (transposed) {
+    transpose(weight + first * C, C, n, C, to, kPanel);
+  } else {
+    for (int64_t k = 0; k < C; ++k) {
+      if (n == kPanel) {
+        __builtin_memcpy(to + k * kPanel, weight + k * C + first, kPanel * sizeof(T));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[k * kPanel + i] = weight[k * C + first + i];
+      }
+    }
+  }
+}
+
+// f(vector or scalar, column, row, count) adds `count` rows from `row` on to each column, in steps of rows that
+// hide the latency of a sum and keep the sums short.
+template <int VB, class T, class F>
+SHVIT_INLINE void over_rows(int64_t n, int64_t C, F f) {
+  int64_t t = 0;
+  for (; t + 4 <= n; t += 4)
+    for_row<T, VB>(C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA { f(lane, c, t, Count<4>{}); });
+  for (; t < n; ++t)
+    for_row<T, VB>(C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA { f(lane, c, t, Count<1>{}); });
+}
+
+// The sum of f(0) to f(N - 1), in pairs.
+template <int N, class F>
+SHVIT_INLINE auto sum_of(F f) {
+  if constexpr (N == 1) {
+    return f(0);
+  } else {
+    return (f(0) + f(1)) + (f(2) + f(3));
+  }
+}
+
+template <class T, int VB>
+SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
+  if constexpr (VB > 16) {
+    Vec<T, VB / 2> halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return sum_lanes<T, VB / 2>(halves[0] + halves[1]);
+  } else {
+    T sum = v[0];
+    for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
+    return sum;
+  }
+}
+
+// Mean and sum of squared deviations of each column of n rows. `sums`: [3, C].
+template <int VB, class T>
+__attribute__((noinline)) void measure_columns(const ChannelMoments& moments, int64_t block, const T* rows,
+                                               int64_t n, int64_t ld, T* sums) {
+  const int64_t C = moments.O;
+  T *centre = sums, *rest = sums + C, *squares = rest + C;
+  const T share = T(1) / static_cast<T>(n);
+  for (int64_t i = 0; i < 3 * C; ++i) sums[i] = 0;
+  over_rows<VB, T>(n, C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+    const auto value = [&](int r) SHVIT_INLINE_LAMBDA { return load_as(rows + (row + r) * ld + c, lane); };
+    store(centre + c, load_as(centre + c, lane) + sum_of<decltype(count)::value>(value));
+  });
+  for (int64_t c = 0; c < C; ++c) centre[c] *= share;
+  over_rows<VB, T>(n, C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+    const auto middle = load_as(centre + c, lane);
+    const auto value = [&](int r)
+                           SHVIT_INLINE_LAMBDA { return load_as(rows + (row + r) * ld + c, lane) - middle; };
+    const auto square = [&](int r) SHVIT_INLINE_LAMBDA { return value(r) * value(r); };
+    store(rest + c, load_as(rest + c, lane) + sum_of<decltype(count)::value>(value));
+    store(squares + c, load_as(squares + c, lane) + sum_of<decltype(count)::value>(square));
+  });
+  for (int64_t c = 0; c < C; ++c) {  // with what rounding left of the mean in the centred values
+    const double left = static_cast<double>(rest[c]) * static_cast<double>(share);
+    moments.mean(block)[c] = static_cast<double>(centre[c]) + left;
+    moments.squares(block)[c] = static_cast<double>(squares[c]) - left * left * static_cast<double>(n);
+  }
+}
+
+// The same of each row of a panel of n columns.
+template <int VB, class T>
+__attribute__((noinline)) void measure_rows(const ChannelMoments& moments, int64_t block, const T* panel,
+                                            int64_t n, int64_t ld) {
+  using V = Vec<T, VB>;
+  constexpr int W = kLanes<T, VB>;
+  const T share = T(1) / static_cast<T>(n);
+  for (int64_t c = 0; c < moments.O; ++c) {
+    const T* row = panel + c * ld;
+    V sums{}, rest{}, squares{};
+    T sum = 0, last_rest = 0, last_squares = 0;
+    int64_t t = 0;
+    for (; t + W <= n; t += W) sums += load<V>(row + t);
+    for (; t < n; ++t) sum += row[t];
+    const T centre = (sum + sum_lanes<T, VB>(sums)) * share;
+    for (t = 0; t + W <= n; t += W) {
+      const V d = load<V>(row + t) - centre;
+      rest += d;
+      squares += d * d;
+    }
+    for (; t < n; ++t) {
+      const T d = row[t] - centre;
+      last_rest += d;
+      last_squares += d * d;
+    }
+    const double left = static_cast<double>(last_rest + sum_lanes<T, VB>(rest)) * static_cast<double>(share);
+    moments.mean(block)[c] = static_cast<double>(centre) + left;
+    moments.squares(block)[c] =
+        static_cast<double>(last_squares + sum_lanes<T, VB>(squares)) - left * left * static_cast<double>(n);
+  }
+}
+
+// ReLU of channels of an image, in rows.
+template <int VB, class T>
+SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T* rows, int64_t ld) {
+  if (x.token_stride == 1) transpose(x.data, x.channel_stride, channels, n, rows, ld);
+  for (int64_t t = 0; t < n; ++t) {
+    T* row = rows + t * ld;
+    map_row<VB>(x.token_stride == 1 ? row : x.data + t * x.token_stride, row, channels, Relu{});
+  }
+}
+
+template <class T, int VB>
+struct MixerTrainForward {
+  using Params = shvit::MixerTrainForwardParams;
+  using Attention = ShsaForward<T, VB>;
+
+  struct Workspace {
+    Bump bump;
+    char* attention;
+    T *attended, *packed, *factor;  // [B * N, P], the weight, [C]
+    ChannelMoments channels;
+    Workspace(void* base, const Params& a)
+        : bump(base),
+          attention(bump.take<char>(Attention::plan(attention_of(a)).workspace_bytes)),
+          attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
+          packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
+          factor(bump.take<T>(sizes(a).C)),
+          channels{bump.take<double>(2 * blocks_of(a).count * sizes(a).C), sizes(a).C} {}
+  };
+
+  static const Sizes& sizes(const Params& a) { return a.attention.sizes; }
+  static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
+  static shvit::ShsaForwardParams attention_of(const Params& a) {
+    shvit::ShsaForwardParams attention = a.attention;
+    attention.y_row = a.attention.sizes.P;
+    return attention;
+  }
+  static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
+
+  struct Scratch {
+    T *y, *projected, *sums;  // of a block: rows of channels, or both as channels of tokens; [3, C]
+    Scratch(Bump& bump, const Params& a) {
+      const Sizes& s = sizes(a);
+      const bool by_channel = !a.attention.channels_last;
+      y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows() * ld(a));
+      projected = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
+      sums = bump.take<T>(3 * s.C);
+    }
+  };
+
+  // Phases: pack, those of the attention, project, statistics, normalise.
+  static constexpr int kAttention = 1, kProject = 6, kStatistics = 7, kNormalise = 8;
+
+  static Plan plan(const Params& a) {
+    const Sizes& s = sizes(a);
+    const Plan attention = Attention::plan(attention_of(a));
+    const int64_t blocks = blocks_of(a).count;
+    Plan plan;
+    plan.phases = 9;
+    plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
+    plan.tasks[0] = a.attention.channels_last && s.B > 0 ? ceil_div(s.C, kPanel) : 0;
+    for (int phase = 0; phase < attention.phases; ++phase)
+      plan.tasks[kAttention + phase] = attention.tasks[phase];
+    plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
+    plan.tasks[kStatistics] = 1;
+    Bump bump(nullptr);
+    Scratch(bump, a);
+    plan.scratch_bytes = max64(bump.used(), attention.scratch_bytes);
+    plan.workspace_bytes = Workspace(nullptr, a).bump.used();
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const Workspace workspace(a.workspace, a);
+    if (phase == 0) pack_panel(static_cast<const T*>(a.proj_weight), true, sizes(a).C, task, workspace.packed);
+    if (phase >= kAttention && phase < kProject) {
+      auto attention = attention_of(a);
+      attention.y = workspace.attended;
+      attention.workspace = workspace.attention;
+      Attention::run(attention, phase - kAttention, task, memory);
+    }
+    Bump bump(memory);
+    if (phase == kProject && a.attention.channels_last) project_rows(a, task, Scratch(bump, a), workspace);
+    if (phase == kProject && !a.attention.channels_last) project_channels(a, task, Scratch(bump, a), workspace);
+    if (phase == kStatistics) finish_statistics(a, workspace);
+    if (phase == kNormalise) normalise_block(a, task, workspace);
+  }
+
+  static void project_rows(const Params& a, int64_t task, const Scratch& scratch, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const auto block = blocks.block(task);
+    const int64_t first = blocks.first_row(task);
+    for (int64_t i = 0; i < block.images; ++i)
+      rest_rows<VB>(Attention::x(a.attention, block.image + i).at(s.P, block.token), s.C - s.P, block.n,
+                    scratch.y + i * block.n * ld(a) + s.P, ld(a));
+    for (int64_t t = 0; t < block.rows(); ++t)
+      map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
+    T* projected = static_cast<T*>(a.projected) + first * s.C;
+    product_of_rows<T, VB>(block.rows(), s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
+    measure_columns<VB>(workspace.channels, task, projected, block.rows(), s.C, scratch.sums);
+  }
+
+  static void project_channels(const Params& a, int64_t task, const Scratch& scratch,
+                               const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const auto block = blocks.block(task);
+    const int64_t distance = block_distance<T, VB>(s);
+    for (int64_t i = 0; i < block.images; ++i) {
+      T* y = scratch.y + i * block.n;
+      const T* attended = workspace.attended + (blocks.first_row(task) + i * block.n) * s.P;
+      transpose(attended, s.P, block.n, s.P, y, distance);
+      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
+      for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * distance, block.n, Relu{});
+    }
+    product_of_panels<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
+                             distance, scratch.projected, distance, true);
+    measure_rows<VB>(workspace.channels, task, scratch.projected, block.rows(), distance);
+    for (int64_t i = 0; i < block.images; ++i) {
+      T* projected = image_of(a, a.projected, block.image + i, block.token).data;
+      for (int64_t c = 0; c < s.C; ++c)
+        map_row<VB>(scratch.projected + c * distance + i * block.n, projected + c * s.N, block.n, Identity{});
+    }
+  }
+
+  static void finish_statistics(const Params& a, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    T *mean = static_cast<T*>(a.proj_norm.mean), *variance = static_cast<T*>(a.proj_norm.variance);
+    if (blocks.count > 0)
+      merge_channels(workspace.channels, blocks.count,
+                     [&](int64_t block) { return blocks.block(block).rows(); });
+    for (int64_t c = 0; c < s.C; ++c) {
+      mean[c] = s.B > 0 ? static_cast<T>(workspace.channels.mean(0)[c]) : T(0);
+      variance[c] =
+          s.B > 0 ? static_cast<T>(workspace.channels.squares(0)[c] / static_cast<double>(s.B * s.N)) : T(0);
+      workspace.factor[c] = channel_gamma<T>(a.proj_norm, c) * channel_rstd<T>(a.proj_norm, c);
+    }
+  }
+
+  static ImageView<T> image_of(const Params& a, void* images, int64_t image, int64_t token) {
+    return image_view(static_cast<T*>(images), image, sizes(a).C, sizes(a).N, a.attention.channels_last)
+        .at(0, token);
+  }
+
+  static void normalise_block(const Params& a, int64_t task, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const auto block = blocks_of(a).block(task);
+    const T *mean = static_cast<const T*>(a.proj_norm.mean), *beta = static_cast<const T*>(a.proj_norm.bias);
+    for (int64_t i = 0; i < block.images; ++i) {
+      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
+      const auto p = image_of(a, a.projected, block.image + i, block.token);
+      const auto out = image_of(a, a.out, block.image + i, block.token);
+      if (a.attention.channels_last) {
+        for (int64_t t = 0; t < block.n; ++t) {
+          const T *from = p.data + t * s.C, *more = x.data + t * s.C;
+          make_row<VB>(out.data + t * s.C, s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
+            auto v = (load_as(from + c, lane) - load_as(mean + c, lane)) * load_as(workspace.factor + c, lane);
+            if (beta) v += load_as(beta + c, lane);
+            return a.residual ? load_as(more + c, lane) + v : v;
+          });
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < s.C; ++c) {
+        const T *from = p.data + c * s.N, *more = x.data + c * s.N;
+        const T centre = mean[c], factor = workspace.factor[c], offset = beta ? beta[c] : T(0);
+        make_row<VB>(out.data + c * s.N, block.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+          const auto v = (load_as(from + t, lane) - centre) * factor + offset;
+          return a.residual ? load_as(more + t, lane) + v : v;
+        });
+      }
+    }
+  }
+};
+
+template <class T, int VB>
+struct MixerTrainBackward {
+  using Params = shvit::MixerTrainBackwardParams;
+  using Forward = ShsaForward<T, VB>;
+  using Attention = ShsaBackward<T, VB>;
+  static constexpr int W = kLanes<T, VB>;
+
+  static const Sizes& sizes(const Params& a) { return a.attention.sizes; }
+  static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
+  static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
+  static const T* typed(const void* p) { return static_cast<const T*>(p); }
+
+  // What makes y once more, and the gradients of the attention; their tensors in the workspace come later.
+  static shvit::ShsaForwardParams forward_of(const Params& a) {
+    shvit::ShsaForwardParams forward{};
+    const shvit::ShsaBackwardParams& b = a.attention;
+    forward.sizes = b.sizes;
+    forward.channels_last = b.x1_channels_last;
+    forward.relu = true;
+    forward.norm_eps = a.norm_eps;
+    forward.scale = b.scale;
+    forward.x = b.x1;
+    forward.norm_weight = b.norm_weight;
+    forward.norm_bias = b.norm_bias;
+    forward.qkv_weight = b.qkv_weight;
+    forward.batch_norm = b.batch_norm;
+    forward.y_row = ld(a);
+    return forward;
+  }
+  static shvit::ShsaBackwardParams attention_of(const Params& a) {
+    shvit::ShsaBackwardParams attention = a.attention;
+    attention.dy_row = a.attention.sizes.P;
+    attention.y_row = ld(a);
+    attention.residual = a.residual ? a.dout : nullptr;
+    return attention;
+  }
+
+  struct Workspace {
+    Bump bump;
+    char* attention;
+    T *y, *dp, *dattended;               // [B * N, ld], blocks, [B * N, P]
+    T *packed, *factor, *shift, *slope;  // the weight, [C] each
+    double* partials;                    // [blocks, 2, C]: dbeta, dgamma
+    Workspace(void* base, const Params& a)
+        : bump(base),
+          attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
+                                          Attention::plan(attention_of(a)).workspace_bytes))),
+          y(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
+          dp(bump.take<T>(blocks_of(a).count * block_values(a))),
+          dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
+          packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
+          factor(bump.take<T>(sizes(a).C)),
+          shift(bump.take<T>(sizes(a).C)),
+          slope(bump.take<T>(sizes(a).C)),
+          partials(bump.take<double>(blocks_of(a).count * 2 * sizes(a).C)) {}
+  };
+
+  // A block of dp or dy: rows of channels, or channels of tokens.
+  static int64_t distance(const Params& a) {
+    return a.attention.channels_last ? ld(a) : block_distance<T, VB>(sizes(a));
+  }
+  static int64_t block_values(const Params& a) {
+    return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows() : sizes(a).C);
+  }
+
+  // Rows of dW are summed by one task each.
+  static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, 96)}; }
+  static int64_t sum_ld(const Params& a) { return round_up(sizes(a).C, 2 * W) + W; }
+
+  static bool needs_attention(const Params& a) {
+    const shvit::ShsaBackwardParams& b = a.attention;
+    return b.dx || b.dnorm_weight || b.dnorm_bias || b.dqkv_weight || b.dbn_weight || b.dbn_bias;
+  }
+
+  // The gradients of short images make y in passing.
+  static bool makes_all_y(const Params& a) { return !needs_attention(a) || !Attention::is_short(sizes(a)); }
+
+  // Phases: sums over channels, their total, pack, through the projection, y once more, those of the attention,
+  // the projection's weight.
+  static constexpr int kTotal = 1, kPack = 2, kProject = 3, kForward = 4, kAttention = 9, kWeight = 16;
+
+  static Plan plan(const Params& a) {
+    const Sizes& s = sizes(a);
+    const Plan forward = Forward::plan(forward_of(a)), attention = Attention::plan(attention_of(a));
+    const RowBlocks blocks = blocks_of(a);
+    const bool attends = needs_attention(a), weighs = a.dproj_weight;
+    Plan plan;
+    plan.phases = 17;
+    plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
+    plan.tasks[0] = blocks.count;
+    plan.tasks[kTotal] = 1;
+    if (attends && s.B > 0 && a.attention.channels_last) plan.tasks[kPack] = ceil_div(s.C, kPanel);
+    if (attends || weighs) {
+      plan.tasks[kProject] = blocks.count;
+      if (makes_all_y(a)) {
+        for (int phase = 0; phase < forward.phases; ++phase)
+          plan.tasks[kForward + phase] = forward.tasks[phase];
+        plan.tasks[kForward + 2] = 0;  // the statistics are known
+      }
+    }
+    if (attends)
+      for (int phase = 0; phase < attention.phases; ++phase)
+        plan.tasks[kAttention + phase] = attention.tasks[phase];
+    if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
+    Bump rows(nullptr), sums(nullptr);
+    rows.take<T>(block_values(a));
+    sums.take<T>(max64(ceil_div(s.C, weight_parts(s).parts), 2) * sum_ld(a));
+    plan.scratch_bytes =
+        max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
+    plan.workspace_bytes = Workspace(nullptr, a).bump.used();
+    return plan;
+  }
+
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
+    const Workspace workspace(a.workspace, a);
+    if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
+    if (phase == kTotal) total_channels(a, workspace);
+    if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
+    if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
+    if (phase >= kForward && phase < kAttention) {
+      auto forward = forward_of(a);
+      forward.y = workspace.y;
+      forward.workspace = workspace.attention;
+      Forward::run(forward, phase - kForward, task, memory);
+    }
+    if (phase >= kAttention && phase < kWeight) {
+      auto attention = attention_of(a);
+      attention.dy = workspace.dattended;
+      attention.y = workspace.y;
+      if (!makes_all_y(a)) attention.made_y = workspace.y;
+      attention.workspace = workspace.attention;
+      Attention::run(attention, phase - kAttention, task, memory);
+    }
+    if (phase == kWeight) sum_weight(a, task, Bump(memory).take<T>(0), workspace);
+  }
+
+  static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const auto block = blocks.block(task);
+    double* dbeta = workspace.partials + task * 2 * s.C;
+    if (a.attention.channels_last) {
+      const int64_t first = blocks.first_row(task) * s.C;
+      sum_columns(a, typed(a.dout) + first, typed(a.projected) + first, block.rows(), sums, dbeta);
+      return;
+    }
+    for (int64_t i = 0; i < 2 * s.C; ++i) dbeta[i] = 0;
+    for (int64_t i = 0; i < block.images; ++i)
+      sum_channels(a, channels_of(a, a.dout, block.image + i, 0, block.token).data,
+                   channels_of(a, a.projected, block.image + i, 0, block.token).data, block.n, dbeta);
+  }
+
+  // Of an image in NCHW order.
+  static __attribute__((noinline)) void sum_channels(const Params& a, const T* dout, const T* projected,
+                                                     int64_t n, double* dbeta) {
+    const Sizes& s = sizes(a);
+    double* dgamma = dbeta + s.C;
+    for (int64_t c = 0; c < s.C; ++c) {
+      const T *d = dout + c * s.N, *p = projected + c * s.N, centre = typed(a.proj_norm.mean)[c];
+      Vec<T, VB> sums{}, products{};
+      T sum = 0, product = 0;
+      int64_t t = 0;
+      for (; t + W <= n; t += W) {
+        const auto v = load<Vec<T, VB>>(d + t);
+        sums += v;
+        products += v * (load<Vec<T, VB>>(p + t) - centre);
+      }
+      for (; t < n; ++t) {
+        sum += d[t];
+        product += d[t] * (p[t] - centre);
+      }
+      dbeta[c] += static_cast<double>(sum + sum_lanes<T, VB>(sums));
+      dgamma[c] += static_cast<double>(product + sum_lanes<T, VB>(products));
+    }
+  }
+
+  static __attribute__((noinline)) void sum_columns(const Params& a, const T* dout, const T* projected,
+                                                    int64_t n, T* sums, double* dbeta) {
+    const Sizes& s = sizes(a);
+    const T* mean = typed(a.proj_norm.mean);
+    T* products = sums + s.C;
+    for (int64_t i = 0; i < 2 * s.C; ++i) sums[i] = 0;
+    over_rows<VB, T>(n, s.C, [&](auto lane, int64_t c, int64_t row, auto count) SHVIT_INLINE_LAMBDA {
+      const auto centre = load_as(mean + c, lane);
+      const auto d = [&](int r) SHVIT_INLINE_LAMBDA { return load_as(dout + (row + r) * s.C + c, lane); };
+      const auto product = [&](int r) SHVIT_INLINE_LAMBDA {
+        return d(r) * (load_as(projected + (row + r) * s.C + c, lane) - centre);
+      };
+      store(sums + c, load_as(sums + c, lane) + sum_of<decltype(count)::value>(d));
+      store(products + c, load_as(products + c, lane) + sum_of<decltype(count)::value>(product));
+    });
+    for (int64_t i = 0; i < 2 * s.C; ++i) dbeta[i] = static_cast<double>(sums[i]);  // dgamma follows dbeta
+  }
+
+  static void total_channels(const Params& a, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const int64_t blocks = blocks_of(a).count;
+    const double count = static_cast<double>(s.B * s.N);
+    T *dbeta = static_cast<T*>(a.dproj_norm_bias), *dgamma = static_cast<T*>(a.dproj_norm_weight);
+    for (int64_t c = 0; c < s.C; ++c) {
+      const T rstd = channel_rstd<T>(a.proj_norm, c);
+      double sum = 0, product = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        sum += workspace.partials[block * 2 * s.C + c];
+        product += workspace.partials[(block * 2 + 1) * s.C + c];
+      }
+      product *= rstd;
+      if (dbeta) dbeta[c] = static_cast<T>(sum);
+      if (dgamma) dgamma[c] = static_cast<T>(product);
+      workspace.factor[c] = channel_gamma<T>(a.proj_norm, c) * rstd;
+      workspace.shift[c] = s.B > 0 ? static_cast<T>(sum / count) : T(0);
+      workspace.slope[c] = s.B > 0 ? static_cast<T>(product * rstd / count) : T(0);
+    }
+  }
+
+  // dp, the y of channels beyond the partial ones, and through the projection; `dy` is scratch.
+  static void project_block(const Params& a, int64_t task, T* dy, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const auto block = blocks.block(task);
+    const int64_t first = blocks.first_row(task);
+    const bool by_channel = !a.attention.channels_last;
+    // From one image to the next, and from one channel to the next, in a block.
+    const int64_t image_step = by_channel ? block.n : block.n * ld(a),
+                  channel_step = by_channel ? distance(a) : 1;
+    T* dp = workspace.dp + task * block_values(a);
+    for (int64_t i = 0; i < block.images; ++i) {
+      const int64_t image = block.image + i;
+      through_norm(a, image, block.token, block.n, dp + i * image_step, workspace);
+      if (a.dproj_weight)
+        rest_rows<VB>(channels_of(a, a.attention.x1, image, s.P, block.token), s.C - s.P, block.n,
+                      workspace.y + (first + i * block.n) * ld(a) + s.P, ld(a));
+    }
+    if (!needs_attention(a)) return;
+    if (by_channel) {
+      product_of_panels<T, VB>(s.C, block.rows(), s.C, {typed(a.proj_weight), 1, s.C}, dp, distance(a), dy,
+                               distance(a), true);
+    } else {
+      product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+    }
+    for (int64_t i = 0; i < block.images; ++i) {
+      const T* from = dy + i * image_step;
+      T* dattended = workspace.dattended + (first + i * block.n) * s.P;
+      if (by_channel) {
+        transpose(from, distance(a), s.P, block.n, dattended, s.P);
+      } else {
+        for (int64_t t = 0; t < block.n; ++t)
+          map_row<VB>(from + t * ld(a), dattended + t * s.P, s.P, Identity{});
+      }
+      if (a.attention.dx) store_rest(a, block.image + i, block.token, block.n, from + s.P * channel_step);
+    }
+  }
+
+  // dp of n tokens of an image.
+  static void through_norm(const Params& a, int64_t image, int64_t token, int64_t n, T* dp,
+                           const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const T *dout = channels_of(a, a.dout, image, 0, token).data, *mean = typed(a.proj_norm.mean);
+    const T* projected = channels_of(a, a.projected, image, 0, token).data;
+    const T *factor = workspace.factor, *shift = workspace.shift, *slope = workspace.slope;
+    if (a.attention.channels_last) {
+      for (int64_t t = 0; t < n; ++t) {
+        const T *d = dout + t * s.C, *p = projected + t * s.C;
+        make_row<VB>(dp + t * ld(a), s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
+          const auto centred = load_as(p + c, lane) - load_as(mean + c, lane);
+          return load_as(factor + c, lane) *
+                 (load_as(d + c, lane) - load_as(shift + c, lane) - centred * load_as(slope + c, lane));
+        });
+      }
+      return;
+    }
+    for (int64_t c = 0; c < s.C; ++c) {
+      const T *d = dout + c * s.N, *p = projected + c * s.N;
+      make_row<VB>(dp + c * distance(a), n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+        return factor[c] * (load_as(d + t, lane) - shift[c] - (load_as(p + t, lane) - mean[c]) * slope[c]);
+      });
+    }
+  }
+
+  // An image in the order of x, from a channel and a token on.
+  static ImageView<const T> channels_of(const Params& a, const void* images, int64_t image, int64_t channel,
+                                        int64_t token) {
+    return image_view(typed(images), image, sizes(a).C, sizes(a).N, a.attention.channels_last)
+        .at(channel, token);
+  }
+
+  // dx of the channels beyond the partial ones, from their dy.
+  static void store_rest(const Params& a, int64_t image, int64_t token, int64_t n, const T* dy) {
+    const Sizes& s = sizes(a);
+    const auto x = channels_of(a, a.attention.x1, image, s.P, token),
+               dout = channels_of(a, a.dout, image, s.P, token);
+    T* dx = static_cast<T*>(a.attention.dx) + (x.data - typed(a.attention.x1));
+    const bool by_channel = !a.attention.channels_last;
+    const int64_t count = by_channel ? s.C - s.P : n, length = by_channel ? n : s.C - s.P;
+    const int64_t stride = by_channel ? s.N : s.C;
+    for (int64_t r = 0; r < count; ++r) {
+      const T *from = x.data + r * stride, *more = dout.data + r * stride, *gradient = dy + r * distance(a);
+      make_row<VB>(dx + r * stride, length, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
+        const auto v = load_as(from + i, lane) <= 0 ? decltype(lane){} : load_as(gradient + i, lane);
+        return a.residual ? v + load_as(more + i, lane) : v;
+      });
+    }
+  }
+
+  // Some rows of dW, over all tokens in the same order.
+  static void sum_weight(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t tokens = blocks.block(block).rows();
+      const Parts pieces{tokens, ceil_div(tokens, 128)};  // whose rows of y stay in the first-level cache
+      for (int64_t piece = 0; piece < pieces.parts; ++piece) {
+        const int64_t token = pieces.begin(piece);
+        const T* dp = workspace.dp + block * block_values(a);
+        const MatrixView<T> channels = a.attention.channels_last
+                                           ? MatrixView<T>{dp + token * ld(a) + first, 1, ld(a)}
+                                           : MatrixView<T>{dp + first * distance(a) + token, distance(a), 1};
+        product_of_panels<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
+                                 workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a), sums,
+                                 sum_ld(a), block == 0 && piece == 0);
+      }
+    }
+    T* dweight = static_cast<T*>(a.dproj_weight) + first * s.C;
+    for (int64_t c = 0; c < rows; ++c)
+      make_row<VB>(dweight + c * s.C, s.C, [&](auto lane, int64_t k) SHVIT_INLINE_LAMBDA {
+        return blocks.count ? load_as(sums + c * sum_ld(a) + k, lane) : decltype(lane){};
+      });
+  }
+};
+
+}  // namespace

@@ -1,0 +1,158 @@
+// The operators of the residual attention layer in training (shvit_kernels/ops.py) for CPU tensors: float32 and
+// float64.
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "run.h"
+
+namespace {
+
+using namespace shvit;
+
+const MixerTrainKernels& kernels_for(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "mixer_train takes float32 and float64");
+  const Variant* variant = current_variant().load();
+  return dtype == ScalarType::Float ? variant->mixer_train_float32 : variant->mixer_train_float64;
+}
+
+// The parameters of the layer, in the order of the schema.
+struct Layer {
+  const Norm norm;
+  const Parameter weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias;
+};
+
+Layer layer_of(const Sizes& s, ScalarType type, const std::optional<Tensor>& norm_weight,
+               const std::optional<Tensor>& norm_bias, const Tensor& weight,
+               const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
+               const Tensor& proj_weight, const std::optional<Tensor>& proj_bn_weight,
+               const std::optional<Tensor>& proj_bn_bias) {
+  return {Norm(norm_weight, norm_bias, s.P, type),
+          Parameter("weight", weight, s.O() * s.P, type),
+          Parameter("bn_weight", bn_weight, s.O(), type),
+          Parameter("bn_bias", bn_bias, s.O(), type),
+          Parameter("proj_weight", proj_weight, s.C * s.C, type),
+          Parameter("proj_bn_weight", proj_bn_weight, s.C, type),
+          Parameter("proj_bn_bias", proj_bn_bias, s.C, type)};
+}
+
+void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+
+BatchNorm batch_norm(const Parameter& weight, const Parameter& bias, double eps, const Tensor& mean,
+                     const Tensor& variance) {
+  return {weight.data(), bias.data(), eps, data(mean), data(variance)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixer_train_forward(
+    Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
+    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, Tensor proj_weight,
+    std::optional<Tensor> proj_bn_weight, std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps,
+    double bn_eps, double proj_bn_eps, double scale, bool residual) {
+  const ScalarType type = x.scalar_type();
+  const MixerTrainKernels& kernels = kernels_for(type);
+  const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
+  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
+    return torch::stable::new_empty(x, size, type);
+  };
+  const Layer layer = layer_of(s, type, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
+                               proj_bn_weight, proj_bn_bias);
+  const Saved saved = empty_saved(x, s.B, s.N, type);
+  Tensor out = empty_image(x, s.C, is_channels_last(x)), projected = empty_image(x, s.C, is_channels_last(x));
+  Tensor mean = fresh({s.O()}), variance = fresh({s.O()}), proj_mean = fresh({s.C}), proj_var = fresh({s.C});
+  MixerTrainForwardParams params{};
+  ShsaForwardParams& attention = params.attention;
+  attention.sizes = s;
+  attention.channels_last = is_channels_last(x);
+  attention.relu = true;
+  attention.norm_eps = norm_eps;
+  attention.scale = scale;
+  attention.x = x.const_data_ptr();
+  attention.norm_weight = layer.norm.weight.data();
+  attention.norm_bias = layer.norm.bias.data();
+  attention.qkv_weight = layer.weight.data();
+  attention.batch_norm = batch_norm(layer.bn_weight, layer.bn_bias, bn_eps, mean, variance);
+  attention.mean = data(saved.mean);
+  attention.rstd = data(saved.rstd);
+  attention.row_max = data(saved.row_max);
+  attention.row_sum = data(saved.row_sum);
+  params.residual = residual;
+  params.proj_weight = layer.proj_weight.data();
+  params.proj_norm = batch_norm(layer.proj_bn_weight, layer.proj_bn_bias, proj_bn_eps, proj_mean, proj_var);
+  params.projected = data(projected);
+  params.out = data(out);
+  run(kernels.forward, params);
+  return {out,           projected, saved.mean, saved.rstd, saved.row_max,
+          saved.row_sum, mean,      variance,   proj_mean,  proj_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixer_train_backward(
+    Tensor dout, Tensor x, Tensor projected, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum,
+    Tensor batch_mean, Tensor batch_var, Tensor proj_mean, Tensor proj_var, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight,
+    std::optional<Tensor> bn_bias, Tensor proj_weight, std::optional<Tensor> proj_bn_weight,
+    std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps, double bn_eps, double proj_bn_eps,
+    double scale, bool residual, std::vector<bool> needs) {
+  const ScalarType type = x.scalar_type();
+  const MixerTrainKernels& kernels = kernels_for(type);
+  check_gradient_of(x, dout);
+  const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
+  const Layer layer = layer_of(s, type, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
+                               proj_bn_weight, proj_bn_bias);
+  const bool channels_last = is_channels_last(x);
+  Tensor dx = image_gradient(x, s.C, channels_last, needs[0]);
+  const NormGradient dnorm(norm_weight, norm_bias, needs, x, type);
+  const Gradient dweight(weight, needs[3], x, type), dbn_weight(bn_weight, needs[4], x, type),
+      dbn_bias(bn_bias, needs[5], x, type), dproj_weight(proj_weight, needs[6], x, type),
+      dproj_bn_weight(proj_bn_weight, needs[7], x, type), dproj_bn_bias(proj_bn_bias, needs[8], x, type);
+  MixerTrainBackwardParams params{};
+  ShsaBackwardParams& attention = params.attention;
+  attention.sizes = s;
+  attention.channels_last = attention.x1_channels_last = channels_last;
+  attention.relu = true;
+  attention.scale = scale;
+  attention.x1 = x.const_data_ptr();
+  attention.x1_channels = s.C;
+  attention.mean = mean.const_data_ptr();
+  attention.rstd = rstd.const_data_ptr();
+  attention.row_max = row_max.const_data_ptr();
+  attention.row_sum = row_sum.const_data_ptr();
+  attention.norm_weight = layer.norm.weight.data();
+  attention.norm_bias = layer.norm.bias.data();
+  attention.qkv_weight = layer.weight.data();
+  attention.batch_norm = batch_norm(layer.bn_weight, layer.bn_bias, bn_eps, batch_mean, batch_var);
+  attention.dx = needs[0] ? data(dx) : nullptr;
+  attention.dnorm_weight = dnorm.weight.data();
+  attention.dnorm_bias = dnorm.bias.data();
+  attention.dqkv_weight = dweight.data();
+  attention.dbn_weight = dbn_weight.data();
+  attention.dbn_bias = dbn_bias.data();
+  params.norm_eps = norm_eps;
+  params.residual = residual;
+  params.dout = dout.const_data_ptr();
+  params.projected = projected.const_data_ptr();
+  params.proj_weight = layer.proj_weight.data();
+  params.proj_norm = batch_norm(layer.proj_bn_weight, layer.proj_bn_bias, proj_bn_eps, proj_mean, proj_var);
+  params.dproj_weight = dproj_weight.data();
+  params.dproj_norm_weight = dproj_bn_weight.data();
+  params.dproj_norm_bias = dproj_bn_bias.data();
+  run(kernels.backward, params);
+  return {dx,
+          dnorm.weight.result(),
+          dnorm.bias.result(),
+          dweight.result(),
+          dbn_weight.result(),
+          dbn_bias.result(),
+          dproj_weight.result(),
+          dproj_bn_weight.result(),
+          dproj_bn_bias.result()};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
+  m.impl("mixer_train_forward", TORCH_BOX(&mixer_train_forward));
+  m.impl("mixer_train_backward", TORCH_BOX(&mixer_train_backward));
+}
