@@ -130,6 +130,16 @@ constexpr int kColumnStep = VB > 16 ? kLanes<T, VB> / 2 : kLanes<T, VB>;
 constexpr int64_t kDepth = 48;
 SHVIT_INLINE int64_t depth_pieces(int64_t K) { return (K + kDepth - 1) / kDepth; }
 
+// f(vector, row, number of the vector) for the sums of a tile.
+template <class V, int MR, int NV, class F>
+SHVIT_INLINE void each_vector(V (&acc)[MR][NV], F f) {
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) f(acc[i][j], i, j);
+  }
+}
+
 // Into a panel in cache, from `c` on.
 template <class T, int VB>
 struct PanelFinish {
@@ -141,17 +151,13 @@ struct PanelFinish {
 
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        T* p = c + (first + i) * ldc + j * kLanes<T, sizeof(V)>;
-        const V start = init == Init::kAccumulate ? load<V>(p)
-                        : init == Init::kBias     ? V{} + bias[first + i]
-                                                  : V{};
-        store(p, start + acc[i][j]);
-      }
-    }
+    each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+      T* p = c + (first + i) * ldc + j * kLanes<T, sizeof(V)>;
+      const V start = init == Init::kAccumulate ? load<V>(p)
+                      : init == Init::kBias     ? V{} + bias[first + i]
+                                                : V{};
+      store(p, start + v);
+    });
   }
   SHVIT_INLINE PanelFinish behind(int vectors) const { return {c + vectors * kLanes<T, VB>, ldc, init, bias}; }
 };

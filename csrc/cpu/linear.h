@@ -24,16 +24,17 @@ struct LinearFinish {
     V b[NV];  // added last: a large one would cost every partial sum its low bits
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) b[j] = load_up_to<V>(bias + column + j * W, valid - j * W);
-    each(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v += b[j]; });
+    each_vector(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v += b[j]; });
     if (residual) {
-      each(acc, [&](V& v, int i, int j)
-                    SHVIT_INLINE_LAMBDA { v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W); });
+      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+        v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W);
+      });
     }
-    if (relu) each(acc, [&](V& v, int, int) SHVIT_INLINE_LAMBDA { v = max0(v); });
+    if (relu) each_vector(acc, [&](V& v, int, int) SHVIT_INLINE_LAMBDA { v = max0(v); });
     if (valid >= NV * W) {
-      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA { store(y + at + i * ld + j * W, v); });
+      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA { store(y + at + i * ld + j * W, v); });
     } else {  // only the last vector can be cut
-      each(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
         float* to = y + at + i * ld + j * W;
         if (j < NV - 1) {
           store(to, v);
@@ -48,15 +49,6 @@ struct LinearFinish {
   template <class V>
   static SHVIT_INLINE V load_up_to(const float* p, int64_t valid) {
     return valid >= kLanes<float, sizeof(V)> ? load<V>(p) : load_some<sizeof(V)>(p, valid);
-  }
-
-  template <class V, int MR, int NV, class F>
-  static SHVIT_INLINE void each(V (&acc)[MR][NV], F f) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) f(acc[i][j], i, j);
-    }
   }
 };
 

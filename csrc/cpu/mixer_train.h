@@ -56,24 +56,27 @@ struct RowsFinish {
   T* c;
   int64_t columns, ld;
 
-  template <class V>
-  SHVIT_INLINE void operator()(int64_t row, int64_t column, V v) const {
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t first, int64_t column, V (&acc)[MR][NV]) const {
     constexpr int64_t W = sizeof(V) / sizeof(T);
-    T* p = c + row * ld + column;
-    if (columns - column >= W) {
-      store(p, v);
-    } else {
-      T lanes[W];
-      store(lanes, v);
-      for (int64_t i = 0; i < columns - column; ++i) p[i] = lanes[i];
-    }
+    each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+      const int64_t at = column + j * W;
+      T* p = c + (first + i) * ld + at;
+      if (columns - at >= W) {
+        store(p, v);
+      } else {
+        T lanes[W];
+        store(lanes, v);
+        copy_lanes(p, lanes, columns - at);
+      }
+    });
   }
 };
 
 template <class T, int VB>
 __attribute__((noinline)) void product_of_rows(int64_t M, int64_t C, const T* rows, int64_t ld, const T* packed,
                                                RowsFinish<T> finish) {
-  gemm_packed<T, VB>(M, C, {rows, ld, 1}, packed, 0, C, finish);
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, C, WholeRows<T>{{rows, ld, 1}, C}, packed, 0, C, finish);
 }
 
 // Adds to (or starts) a matrix in cache.
@@ -84,10 +87,12 @@ struct SumFinish {
   int64_t ld;
   bool first;
 
-  template <class V>
-  SHVIT_INLINE void operator()(int64_t row, int j, V v) const {
-    T* p = c + row * ld + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
-    store(p, first ? v : load<V>(p) + v);
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t row, V (&acc)[MR][NV]) const {
+    each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
+      T* p = c + (row + i) * ld + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
+      store(p, first ? v : load<V>(p) + v);
+    });
   }
 };
 
@@ -98,7 +103,7 @@ __attribute__((noinline)) void product_of_panels(int64_t M, int64_t columns, int
   constexpr int W = kLanes<T, VB>, MR = kTileRows<VB, true>;
   const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
     constexpr int kBytes = decltype(bytes)::value;
-    gemm_column<T, kBytes, decltype(count)::value, MR>(M, K, a, {b + n, ldb, W},
+    gemm_column<T, kBytes, decltype(count)::value, MR>(M, WholeRows<T>{a, K}, {b + n, ldb, W},
                                                        SumFinish<T>{c + n, ldc, first});
   };
   constexpr int64_t kHalf = VB > 16 ? W / 2 : 0;

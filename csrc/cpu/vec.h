@@ -51,6 +51,12 @@ SHVIT_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// Apart: once for each row of a tile it would be most of the tile's code.
+template <class T>
+__attribute__((noinline)) void copy_lanes(T* p, const T* lanes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
 // The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros.
 #if SHVIT_LANE_MASKS  // AVX-512, which this one place uses by name: the compiler would go lane by lane
 template <int VB>
@@ -79,10 +85,6 @@ SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
   float lanes[kLanes<float, VB>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load<Vec<float, VB>>(lanes);
-}
-// Apart: once for each row of a tile it would be most of the tile's code.
-inline __attribute__((noinline)) void copy_lanes(float* p, const float* lanes, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 template <int VB>
 SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
