@@ -79,49 +79,37 @@ __attribute__((noinline)) void product_of_rows(int64_t M, int64_t C, const T* ro
   gemm_packed<T, VB, kTileRows<VB, true>>(M, C, WholeRows<T>{{rows, ld, 1}, C}, packed, 0, C, finish);
 }
 
-// Adds to (or starts) a matrix in cache.
+// Adds to (or starts) rows of whole vectors in cache.
 template <class T>
 struct SumFinish {
   static constexpr bool kDeep = true;
   T* c;
   int64_t ld;
-  bool first;
+  bool start;
 
   template <class V, int MR, int NV>
-  SHVIT_INLINE void operator()(int64_t row, V (&acc)[MR][NV]) const {
+  SHVIT_INLINE void operator()(int64_t first, int64_t column, V (&acc)[MR][NV]) const {
     each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-      T* p = c + (row + i) * ld + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
-      store(p, first ? v : load<V>(p) + v);
+      T* p = c + (first + i) * ld + column + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
+      store(p, start ? v : load<V>(p) + v);
     });
   }
 };
 
-// C[M, columns] = A[M, K] B[K, columns] with whole vectors of B and C, or adds to it.
-template <class T, int VB>
-__attribute__((noinline)) void product_of_panels(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
-                                                 const T* b, int64_t ldb, T* c, int64_t ldc, bool first) {
-  constexpr int W = kLanes<T, VB>, MR = kTileRows<VB, true>;
-  const auto column = [&](auto bytes, auto count, int64_t n) SHVIT_INLINE_LAMBDA {
-    constexpr int kBytes = decltype(bytes)::value;
-    gemm_column<T, kBytes, decltype(count)::value, MR>(M, WholeRows<T>{a, K}, {b + n, ldb, W},
-                                                       SumFinish<T>{c + n, ldc, first});
-  };
-  constexpr int64_t kHalf = VB > 16 ? W / 2 : 0;
-  int64_t n = 0;
-  for (; columns - n > W + kHalf; n += 2 * W) column(Count<VB>{}, Count<2>{}, n);
-  if (columns - n > kHalf) {
-    column(Count<VB>{}, Count<1>{}, n);
-    n += W;
-  }
-  if constexpr (kHalf > 0) {
-    if (n < columns) column(Count<VB / 2>{}, Count<1>{}, n);
-  }
+// A[M, K] times rows [K, columns] that are whole panels long, packed on the way.
+template <class T, int VB, class Finish>
+__attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
+                                                  const T* rows, int64_t ld, T* packed, Finish finish) {
+  T* to = packed;
+  for (int64_t n = 0; n < columns; n += kPanel)
+    for (int64_t k = 0; k < K; ++k, to += kPanel) __builtin_memcpy(to, rows + k * ld + n, kPanel * sizeof(T));
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, K, WholeRows<T>{a, K}, packed, 0, columns, finish);
 }
 
 // From one channel to the next, in a block of tokens side by side.
 template <class T, int VB>
 SHVIT_INLINE int64_t block_distance(const Sizes& s) {
-  return row_distance<T>(round_up(RowBlocks(s, false).most_rows(), 2 * kLanes<T, VB>));
+  return row_distance<T>(round_up(RowBlocks(s, false).most_rows(), kPanel));
 }
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
@@ -277,12 +265,12 @@ struct MixerTrainForward {
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
 
   struct Scratch {
-    T *y, *projected, *sums;  // of a block: rows of channels, or both as channels of tokens; [3, C]
+    T *y, *packed, *sums;  // of a block: rows of channels, or channels of tokens, then p, and packed; [3, C]
     Scratch(Bump& bump, const Params& a) {
       const Sizes& s = sizes(a);
       const bool by_channel = !a.attention.channels_last;
       y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows() * ld(a));
-      projected = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
+      packed = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
       sums = bump.take<T>(3 * s.C);
     }
   };
@@ -353,13 +341,14 @@ struct MixerTrainForward {
       const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
       for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * distance, block.n, Relu{});
     }
-    product_of_panels<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
-                             distance, scratch.projected, distance, true);
-    measure_rows<VB>(workspace.channels, task, scratch.projected, block.rows(), distance);
+    T* rows = scratch.y;  // p takes the place of y
+    product_of_columns<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, rows,
+                              distance, scratch.packed, RowsFinish<T>{rows, block.rows(), distance});
+    measure_rows<VB>(workspace.channels, task, rows, block.rows(), distance);
     for (int64_t i = 0; i < block.images; ++i) {
       T* projected = image_of(a, a.projected, block.image + i, block.token).data;
       for (int64_t c = 0; c < s.C; ++c)
-        map_row<VB>(scratch.projected + c * distance + i * block.n, projected + c * s.N, block.n, Identity{});
+        map_row<VB>(rows + c * distance + i * block.n, projected + c * s.N, block.n, Identity{});
     }
   }
 
@@ -480,7 +469,9 @@ struct MixerTrainBackward {
   }
 
   // Rows of dW are summed by one task each.
-  static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, 96)}; }
+  static constexpr int64_t kWeightRows = 96, kPiece = 128;  // tokens, whose y stays in the first-level cache
+  static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, kWeightRows)}; }
+  static int64_t most_weights(const Sizes& s) { return ceil_div(s.C, weight_parts(s).parts); }
   static int64_t sum_ld(const Params& a) { return round_up(sizes(a).C, 2 * W) + W; }
 
   static bool needs_attention(const Params& a) {
@@ -505,7 +496,7 @@ struct MixerTrainBackward {
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
-    if (attends && s.B > 0 && a.attention.channels_last) plan.tasks[kPack] = ceil_div(s.C, kPanel);
+    if (attends && s.B > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
     if (attends || weighs) {
       plan.tasks[kProject] = blocks.count;
       if (makes_all_y(a)) {
@@ -519,8 +510,8 @@ struct MixerTrainBackward {
         plan.tasks[kAttention + phase] = attention.tasks[phase];
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
     Bump rows(nullptr), sums(nullptr);
-    rows.take<T>(block_values(a));
-    sums.take<T>(max64(ceil_div(s.C, weight_parts(s).parts), 2) * sum_ld(a));
+    rows.take<T>(2 * block_values(a));  // dy, and dp packed
+    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a) + kPiece * sum_ld(a));
     plan.scratch_bytes =
         max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
@@ -531,7 +522,7 @@ struct MixerTrainBackward {
     const Workspace workspace(a.workspace, a);
     if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase == kTotal) total_channels(a, workspace);
-    if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
+    if (phase == kPack) pack(a, task, workspace.packed);
     if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase >= kForward && phase < kAttention) {
       auto forward = forward_of(a);
@@ -548,6 +539,16 @@ struct MixerTrainBackward {
       Attention::run(attention, phase - kAttention, task, memory);
     }
     if (phase == kWeight) sum_weight(a, task, Bump(memory).take<T>(0), workspace);
+  }
+
+  // W in panels, or W^T where it is the left factor.
+  static void pack(const Params& a, int64_t panel, T* packed) {
+    const int64_t C = sizes(a).C, first = panel * kPanel;
+    if (a.attention.channels_last) {
+      pack_panel(typed(a.proj_weight), false, C, panel, packed);
+    } else {
+      transpose(typed(a.proj_weight) + first * C, C, min64(kPanel, C - first), C, packed + first, C);
+    }
   }
 
   static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
@@ -649,8 +650,8 @@ struct MixerTrainBackward {
     }
     if (!needs_attention(a)) return;
     if (by_channel) {
-      product_of_panels<T, VB>(s.C, block.rows(), s.C, {typed(a.proj_weight), 1, s.C}, dp, distance(a), dy,
-                               distance(a), true);
+      product_of_columns<T, VB>(s.C, block.rows(), s.C, {workspace.packed, s.C, 1}, dp, distance(a),
+                                dy + block_values(a), RowsFinish<T>{dy, block.rows(), distance(a)});
     } else {
       product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
     }
@@ -725,16 +726,17 @@ struct MixerTrainBackward {
     const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t tokens = blocks.block(block).rows();
-      const Parts pieces{tokens, ceil_div(tokens, 128)};  // whose rows of y stay in the first-level cache
+      const Parts pieces{tokens, ceil_div(tokens, kPiece)};
       for (int64_t piece = 0; piece < pieces.parts; ++piece) {
         const int64_t token = pieces.begin(piece);
         const T* dp = workspace.dp + block * block_values(a);
         const MatrixView<T> channels = a.attention.channels_last
                                            ? MatrixView<T>{dp + token * ld(a) + first, 1, ld(a)}
                                            : MatrixView<T>{dp + first * distance(a) + token, distance(a), 1};
-        product_of_panels<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
-                                 workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a), sums,
-                                 sum_ld(a), block == 0 && piece == 0);
+        product_of_columns<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
+                                  workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a),
+                                  sums + most_weights(s) * sum_ld(a),
+                                  SumFinish<T>{sums, sum_ld(a), block == 0 && piece == 0});
       }
     }
     T* dweight = static_cast<T*>(a.dproj_weight) + first * s.C;
