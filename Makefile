@@ -1,10 +1,12 @@
-# make run     set up, build, and compare stock and accelerated SHViT on a photograph (IMAGE=, CHECKPOINT=)
-# make test    set up, build, and run the whole test suite
-# make lint    check style; make format repairs it
-# make bench   measure the operator, the layer and the models
-# make gpu     on a machine with a GPU, with the Python and the packages that are there: build, test and measure the
-#              GPU kernels within BUDGET seconds, results in OUT; make gpu-full without a limit, and with all tests
-# make clean   remove the environment and everything built
+# make run       set up, build, and compare stock and accelerated SHViT on a photograph (IMAGE=, CHECKPOINT=)
+# make test      set up, build, and run the whole test suite
+# make sanitize  build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, then with
+#                ThreadSanitizer, and run the operators' tests on both
+# make lint      check style; make format repairs it
+# make bench     measure the operator, the layer and the models
+# make gpu       on a machine with a GPU, with the Python and the packages that are there: build, test and measure the
+#                GPU kernels within BUDGET seconds, results in OUT; make gpu-full without a limit, and with all tests
+# make clean     remove the environment and everything built
 
 PYTHON ?= python3
 BUDGET ?= 480
@@ -24,6 +26,9 @@ run: $(BUILT)
 # One process per core, at most 8, each with one thread.
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+sanitize: $(SET_UP)
+	$(BIN)/python -m tests.support.sanitize
 
 bench: $(BUILT)
 	$(BIN)/python -m shvit_kernels bench
@@ -59,4 +64,4 @@ $(BUILT): $(SET_UP) pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-.PHONY: run test bench gpu gpu-full lint format clean
+.PHONY: run test sanitize bench gpu gpu-full lint format clean

@@ -24,6 +24,7 @@ except ImportError:
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 EVERY_ARCHITECTURE = "8.0;9.0a;10.0;12.0"
 CPP = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+CPP += os.environ.get("CXXFLAGS", "").split()  # last, so that they win
 NVCC = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
 
 

@@ -384,6 +384,9 @@ def fuse(model: nn.Module) -> FusedModel:
     ``torch.onnx.export``, and where a gradient of the input is asked for, they are PyTorch operators with the same
     result. Images between the blocks are channels_last.
 
+    Models in bfloat16 run, and on the CPU gain where PyTorch's operators do: with many images at a time, on a processor
+    with instructions for bfloat16. One image is faster in float32, and so is everything on other processors.
+
     Args:
         model: in evaluation mode; it is not changed.
 

@@ -294,6 +294,39 @@ def test_other_types(fast, dtype):
     assert_near(outputs(moved.float(), X), expected, 1e-6 if dtype == torch.float64 else 0.1)
 
 
+def _with_another_norm() -> nn.Module:
+    model = small_timm()
+    _norm(model)
+    return model
+
+
+def _to_bfloat16_but_for_norms(model: nn.Module) -> nn.Module:
+    model.bfloat16()
+    for module in model.modules():
+        if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("rounding", [nn.Module.bfloat16, _to_bfloat16_but_for_norms], ids=["all", "mixed"])
+@pytest.mark.parametrize(
+    "make",
+    [small_timm, small, _with_another_norm, official, lambda: randomise(shvit_kernels.shvit_s1(), seed=1).eval()],
+    ids=["timm", "ours", "another_norm", "official", "shvit_s1"],
+)
+def test_models_in_bfloat16(make, rounding):
+    stock = make()
+    expected = outputs(stock, X)
+    rounded = rounding(copy.deepcopy(stock))
+    fast = fuse(rounded)
+    assert count(fast) == count(fuse(stock))
+    result = outputs(fast, X.bfloat16())
+    assert result.dtype == torch.bfloat16
+    # As near to the model in float32 as the stock model in bfloat16 is.
+    ours, stocks = ((y.float() - expected).abs().max() for y in (result, outputs(rounded, X.bfloat16())))
+    assert ours <= 2 * stocks + 2**-8 * expected.abs().max()
+
+
 def test_training_is_refused(fast):
     for module in (fast, fast.model.stages[0], fast.model.stages[0].layers[1], fast.model.head):
         with pytest.raises(RuntimeError, match="a fused model is for inference alone"):

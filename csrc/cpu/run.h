@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -53,11 +54,18 @@ inline Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
+// AddressSanitizer sees what lies beyond memory of exactly the size asked for.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kExactSize = true;
+#else
+constexpr bool kExactSize = false;
+#endif
+
 // Memory of this thread, kept for the next call: fresh pages would cost as much as a small kernel.
 class Arena {
  public:
   char* reserve(int64_t bytes) {
-    if (size_ < bytes) {
+    if (size_ < bytes || (kExactSize && size_ != bytes)) {
       buffer_.reset();
       size_ = 0;
       buffer_ = allocate(bytes);
@@ -104,6 +112,24 @@ constexpr int64_t kKeptWorkspace = 4 << 20, kKeptSequence = 64 << 20;
 // Below this many operations a second thread costs more than it brings.
 constexpr int64_t kFlopsPerThread = 500000;
 
+#if defined(__SANITIZE_THREAD__)
+// ThreadSanitizer does not see how PyTorch's threads wait for each other, these it does. Neighbouring tasks
+// never share a thread, so that it compares what they touch.
+template <class Tasks>
+void parallel_for(int64_t, int64_t tasks, int64_t, const Tasks& some) {
+  constexpr int64_t kThreads = 4;
+  std::vector<std::thread> threads;
+  for (int64_t first = 0; first < kThreads && first < tasks; ++first) {
+    threads.emplace_back([&some, first, tasks] {
+      for (int64_t task = first; task < tasks; task += kThreads) some(task, task + 1);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+#else
+using torch::stable::parallel_for;
+#endif
+
 template <class Params>
 void run(const Kernel<Params>& kernel, Params& params) {
   const Plan plan = kernel.plan(params);
@@ -114,7 +140,7 @@ void run(const Kernel<Params>& kernel, Params& params) {
     if (tasks == 0) continue;
     const int64_t flops_per_task = plan.flops / tasks + 1;
     const int64_t grain = 1 + (kFlopsPerThread - 1) / flops_per_task;
-    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       char* memory = scratch_arena().reserve(plan.scratch_bytes);
       for (int64_t task = begin; task < end; ++task) kernel.run(params, phase, task, memory);
     });

@@ -203,18 +203,19 @@ SHVIT_INLINE double horizontal_sum(Vec<T, VB> v) {
 
 // exp(x) for x <= 0 or NaN, within an ulp; exactly 0 below the logarithm of the smallest normal number.
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) from its Taylor series.
+// Bits have no sign: exponents wrap below the lowest.
 template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f, kLowest = -87.33654f;
   static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
 };
 template <>
 struct ExpConstants<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10,
                           kLowest = -708.396418532264;
