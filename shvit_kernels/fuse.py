@@ -350,7 +350,7 @@ def _whole(model: nn.Module) -> list[FusedLayer] | None:
     if not all(map(is_plain, (model, *children.values(), *parts))):
         return None
     stem, *stages, head = (_layers(part) for part in parts)
-    if not stem or None in (*stages, head):
+    if None in (stem, *stages, head) or not (stem and type(stem[0]) is FusedConv3x3):
         return None
     return [layer for layers in (stem, *stages, [_POOL], head) for layer in layers]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import shvit_kernels
 from shvit_kernels import SHViT, accelerate, fuse
 from shvit_kernels._randomise import randomise
+from shvit_kernels.backends import fused
 from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.fuse import (
     FusedConv3x3,
@@ -130,6 +131,43 @@ def test_sequences_compute_what_their_layers_do():
             for layer in sequence.layers:
                 x = layer(x)
         assert torch.equal(whole, x)
+
+
+@native_tier.needs_native
+@pytest.mark.parametrize("make", [small_timm, small], ids=["timm", "ours"])
+@pytest.mark.parametrize("batch", [1, 2, 19])
+def test_a_whole_model_is_one_operator_with_the_same_bits(make, batch, monkeypatch):
+    fast = fuse(make())
+    x = torch.randn(batch, 3, 70, 90, generator=torch.Generator().manual_seed(batch))
+    parts = outputs(fast.model, x)
+    calls = []
+    monkeypatch.setattr(
+        fused, "NATIVE", fused.NATIVE._replace(sequence=lambda *a: calls.append(a) or fused.SPECIFICATION.sequence(*a))
+    )
+    assert_near(outputs(fast, x), parts, 1e-5)
+    assert len(calls) == 1
+    monkeypatch.undo()
+    assert torch.equal(outputs(fast, x), parts)
+
+
+@native_tier.needs_native
+def test_a_whole_model_keeps_to_its_parts():
+    """Hooks and replaced parts of the model take effect, and its errors stay."""
+    fast = fuse(small())
+    x = images(64, 2, dtype=torch.float32)
+    before = outputs(fast, x)
+    seen = []
+    handle = fast.model.stages[1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.equal(outputs(fast, x), before) and len(seen) == 1
+    handle.remove()
+    assert torch.equal(outputs(fast, x), before) and len(seen) == 1
+    fast.model.head = nn.Identity()
+    pooled = outputs(fast, x)
+    assert pooled.shape == (2, SMALL["embed_dim"][-1])
+    fast.model.head = nn.Linear(pooled.shape[1], 7)
+    assert_near(outputs(fast, x), outputs(fast.model.head, pooled), 1e-5)
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 3, H, W\], got \(2, 4, 64, 64\)"):
+        fast(torch.zeros(2, 4, 64, 64))
 
 
 def test_the_original_is_untouched():

@@ -260,9 +260,9 @@ class Sequence {
     size_t tensor, constant;  // its first ones
     Shape in, out;            // of one image
     int64_t images;           // at a time
-    int64_t between[2] =
-        {};               // floats of one image: results between layers alternate between two pieces of memory
-    int64_t scratch = 0;  // bytes of one image, of a layer
+    int64_t scratch = 0;      // bytes of one image, of a layer
+    // Floats of one image: results between layers alternate between two pieces of memory.
+    int64_t between[2] = {};
     float* input = nullptr;  // made by the segment before
     char* memory = nullptr;
   };
