@@ -34,9 +34,9 @@ inline bool is_channels_last(const Tensor& t) {
 }
 
 inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W) {
-  // No memory_format argument in the stable ABI: a dense NHWC tensor, seen as NCHW.
-  Tensor dense = torch::stable::new_empty(like, {B, H, W, C});
-  return torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+  // Not a dense tensor seen as another: results that are views could not be modified in place.
+  return torch::stable::empty({B, C, H, W}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 inline Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {

@@ -392,7 +392,8 @@ class MixerTrain(torch.autograd.Function):
         ctx.settings = arguments[MIXER_TRAIN_TENSORS:MIXER_TRAIN_ARGUMENTS]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *saved, *parameters)
-        return out.view_as(out)
+        ctx.mark_dirty(out)  # returned itself: a view could not be modified in place
+        return out
 
     @staticmethod
     def backward(ctx, dout):

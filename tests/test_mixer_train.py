@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from shvit_kernels import SHSA, functional, ops
+from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import cpu, eager
 from tests.support import exact
 from tests.support import native as native_tier
@@ -333,3 +334,15 @@ def test_autograd_class_and_schema_agree():
     names = [argument.name for argument in FORWARD._schema.arguments]
     assert names.index("qk_dim") == ops.MIXER_TRAIN_TENSORS
     assert len(names) == ops.MIXER_TRAIN_ARGUMENTS
+
+
+@each_layout
+@each_residual
+def test_the_result_can_be_modified_in_place(residual, layout):
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.randn(2, 20, 3, 3).contiguous(memory_format=format).requires_grad_()
+    layer = randomise(SHSA(20, 3, 7), seed=1).train()
+    run = layer.with_residual if residual else layer
+    (expected,) = torch.autograd.grad(run(x).relu().square().sum(), x)
+    (dx,) = torch.autograd.grad(run(x).relu_().square().sum(), x)
+    assert torch.equal(dx, expected)
