@@ -511,7 +511,7 @@ struct MixerTrainBackward {
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
     Bump rows(nullptr), sums(nullptr);
     rows.take<T>(2 * block_values(a));  // dy, and dp packed
-    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a) + kPiece * sum_ld(a));
+    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a) + kPiece * round_up(s.C, kPanel));
     plan.scratch_bytes =
         max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
