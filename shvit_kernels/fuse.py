@@ -35,6 +35,9 @@ class FusedLayer(_Inference):
         self.constants = list(constants)
         self.eval()
 
+    def weights(self) -> list[Tensor]:
+        return list(self._parameters.values())
+
     def forward(self, x: Tensor) -> Tensor:
         return _run(x, [self])
 
@@ -130,24 +133,29 @@ class FusedLinear(FusedLayer):
         return super().forward(x[:, :, None, None]).flatten(1)
 
 
-def _run(x: Tensor, layers: Sequence[FusedLayer]) -> Tensor:
-    """Layers one after the other as one operator; their number is all that a call costs beside their arithmetic."""
-    weights = [t for layer in layers for t in layer._parameters.values()]
-    code = [number for layer in layers for number in layer.code]
-    constants = [value for layer in layers for value in layer.constants]
-    return fused.operators(x).sequence(x, weights, code, constants)
-
-
 class FusedSequence(_Inference):
     """Layers one after the other as one operator."""
 
     def __init__(self, *layers: FusedLayer):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.code = [number for layer in layers for number in layer.code]
+        self.constants = [value for layer in layers for value in layer.constants]
         self.eval()
 
+    def weights(self) -> list[Tensor]:
+        return [t for layer in self.layers for t in layer._parameters.values()]
+
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, self.layers)
+        return _run(x, [self])
+
+
+def _run(x: Tensor, parts: Sequence[FusedLayer | FusedSequence]) -> Tensor:
+    """Parts one after the other as one operator; their number is all that a call costs beside their arithmetic."""
+    weights = [t for part in parts for t in part.weights()]
+    code = [number for part in parts for number in part.code]
+    constants = [value for part in parts for value in part.constants]
+    return fused.operators(x).sequence(x, weights, code, constants)
 
 
 class FusedModel(_Inference):
@@ -169,10 +177,10 @@ class FusedModel(_Inference):
 
     def forward(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            layers = _whole(self.model)
+            parts = _whole(self.model)
             # What does not fit gets the error of the model itself.
-            if layers and isinstance(args[0], Tensor) and layers[0].takes(args[0]):
-                return _run(args[0], layers).flatten(1)
+            if parts and isinstance(args[0], Tensor) and parts[0].layers[0].takes(args[0]):
+                return _run(args[0], parts).flatten(1)
         return self.model(*args, **kwargs)
 
 
@@ -333,8 +341,8 @@ def _layers(module: nn.Module) -> list[FusedLayer] | None:
     return None if None in found else [layer for layers in found for layer in layers]
 
 
-def _whole(model: nn.Module) -> list[FusedLayer] | None:
-    """All layers of a SHViT from the stem to the head, read at each call; None if its forward runs anything else."""
+def _whole(model: nn.Module) -> list[FusedLayer | FusedSequence] | None:
+    """The parts of a SHViT from the stem to the head, read at each call; None if its forward runs anything else."""
     if type(model).__name__ != "SHViT":
         return None
     children = model._modules
@@ -346,13 +354,14 @@ def _whole(model: nn.Module) -> list[FusedLayer] | None:
     if not (pools and names in (["stages"], ["blocks1", "blocks2", "blocks3"]) and "head" in children):
         return None
     stages = children["stages"] if names == ["stages"] else [children[name] for name in names]
-    parts = [children.get("patch_embed"), *stages, children["head"]]
-    if not all(map(is_plain, (model, *children.values(), *parts))):
+    stem, head = children.get("patch_embed"), children["head"]
+    if not all(map(is_plain, (model, *children.values(), *stages))):
         return None
-    stem, *stages, head = (_layers(part) for part in parts)
-    if None in (stem, *stages, head) or not (stem and type(stem[0]) is FusedConv3x3):
+    if not all(type(part) is FusedSequence for part in (stem, *stages)) or type(stem.layers[0]) is not FusedConv3x3:
         return None
-    return [layer for layers in (stem, *stages, [_POOL], head) for layer in layers]
+    if type(head) is nn.Identity:
+        return [stem, *stages, _POOL]
+    return [stem, *stages, _POOL, head] if type(head) is FusedLinear else None
 
 
 def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
