@@ -342,14 +342,7 @@ def test_empty_batch_gives_zero_gradients():
 @pytest.mark.parametrize("B, N", [(1, 257), (1, 1050), (5, 49), (17, 16)])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_same_bits_for_any_number_of_threads_and_in_every_run(B, N, layout, dtype):
-    call = shsa_call(Case(B=B, N=N, layout=layout, dtype=dtype))
-    runs = []
-    for count in (1, 1, 2, 2, 3):
-        with native_tier.threads(count):
-            runs.append(call.run(BACKEND))
-    for run in runs[1:]:
-        for name, t in run.items():
-            assert torch.equal(t, runs[0][name]), name
+    native_tier.assert_same_bits(shsa_call(Case(B=B, N=N, layout=layout, dtype=dtype)), BACKEND)
 
 
 @pytest.mark.parametrize("case", by_name(CORNERS))

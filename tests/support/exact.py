@@ -1,5 +1,7 @@
 """Exact results of calls whose images are not independent, and S of each (design section 6)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -66,6 +68,26 @@ def _typical(projected: torch.Tensor) -> float:
     return largest(projected.detach().abs().mean((0, 2)))
 
 
+def _of(case: Case, result: str, again: Callable[[Call, Results, torch.Tensor], tuple]) -> Exact:
+    """``again`` makes the result of this name, and what other S there are, from each image's own parameters and its
+    attention before ReLU."""
+
+    def of(call: Call) -> tuple[Results, dict[str, float]]:
+        results = call.run("eager")
+        sizes = {k: largest(t) for k, t in results.items()}
+        if not case.B:
+            return results, sizes
+        own, y, sizes["mean"] = _own_parameters(case, call)
+        made, others = again(call, own, y)
+        grads = torch.autograd.grad(made, list(own.values()), call.upstream[result])
+        for name, parts in zip(own, grads, strict=True):
+            sizes[f"d{name}"] = sum(largest(part) for part in parts)
+        assert largest(made.detach() - results[result]) <= 1e-9 * sizes[result]  # it is the same function
+        return results, sizes | others
+
+    return of
+
+
 def of_training(case: Case) -> Exact:
     """Results in float64, and S of each.
 
@@ -73,39 +95,19 @@ def of_training(case: Case) -> Exact:
     for through them gradients cancel, that of ``norm_bias`` to nothing. Every image gets parameters of its own for it.
     """
 
-    def of(call: Call) -> tuple[Results, dict[str, float]]:
-        results = call.run("eager")
-        sizes = {k: largest(t) for k, t in results.items()}
-        if not case.B:
-            return results, sizes
-        own, y, sizes["mean"] = _own_parameters(case, call)
-        y = (y.relu() if case.relu else y).view_as(call.inputs["x"])
-        grads = torch.autograd.grad(y, list(own.values()), call.upstream["y"])
-        for name, parts in zip(own, grads, strict=True):
-            sizes[f"d{name}"] = sum(largest(part) for part in parts)
-        assert largest(y.detach() - results["y"]) <= 1e-9 * sizes["y"]  # it is the same function
-        return results, sizes
+    def again(call: Call, own: Results, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        return (y.relu() if case.relu else y).view_as(call.inputs["x"]), {}
 
-    return of
+    return _of(case, "y", again)
 
 
 def of_mixer_training(case: Case, residual: bool) -> Exact:
     """Results of ``mixer_train`` in float64, and S of each, as for :func:`of_training`."""
 
-    def of(call: Call) -> tuple[Results, dict[str, float]]:
-        results = call.run("eager")
-        sizes = {k: largest(t) for k, t in results.items()}
-        if not case.B:
-            return results, sizes
-        own, y, sizes["mean"] = _own_parameters(case, call)
+    def again(call: Call, own: Results, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         projected = own["proj_weight"] @ y.relu()
         out = _batch_normed(projected, own.get("proj_bn_weight"), own.get("proj_bn_bias"))
         out = out.view_as(call.inputs["x"]) + (call.inputs["x"] if residual else 0)
-        grads = torch.autograd.grad(out, list(own.values()), call.upstream["out"])
-        for name, parts in zip(own, grads, strict=True):
-            sizes[f"d{name}"] = sum(largest(part) for part in parts)
-        assert largest(out.detach() - results["out"]) <= 1e-9 * sizes["out"]  # it is the same function
-        sizes["proj_mean"] = _typical(projected)
-        return results, sizes
+        return out, {"proj_mean": _typical(projected)}
 
-    return of
+    return _of(case, "out", again)

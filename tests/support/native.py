@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shvit_kernels.backends import native
+from tests.support.numerics import Call
 
 VARIANTS = ("baseline", "baseline_wide", "avx2", "avx2_wide", "avx512")
 """Every variant of the CPU kernels on x86; other processors have the first two."""
@@ -56,3 +57,14 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def assert_same_bits(call: Call, backend: str) -> None:
+    """Whatever the number of threads, and in every run."""
+    runs = []
+    for count in (1, 1, 2, 2, 3):
+        with threads(count):
+            runs.append(call.run(backend))
+    for run in runs[1:]:
+        for name, t in run.items():
+            assert torch.equal(t, runs[0][name]), name
