@@ -58,21 +58,21 @@ struct Conv3x3 {
 
     void make(int64_t row, float* y) {
       for (; read_ < min64(2 * row + 2, a_.height); ++read_) read(line(read_));
-      const float* read[3];
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        const int64_t from = 2 * row + ky - 1;
-        read[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
-      }
       if (a_.channels_last) {
-        multiply(Patches<false>{lines_, {read[0], read[1], read[2]}}, y);
+        multiply<false>(row, y);
       } else {
-        multiply(Patches<true>{lines_, {read[0], read[1], read[2]}}, y);
+        multiply<true>(row, y);
       }
     }
 
    private:
-    template <class A>
-    void multiply(A patches, float* y) const {
+    template <bool Planar>
+    void multiply(int64_t row, float* y) const {
+      Patches<Planar> patches{lines_, {}};
+      for (int64_t ky = 0; ky < 3; ++ky) {
+        const int64_t from = 2 * row + ky - 1;
+        patches.line[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
+      }
       gemm_packed<float, VB, kTile>(halved(a_.width), 9 * a_.channels, patches, a_.weight, 0, a_.outputs,
                                     LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
     }

@@ -156,9 +156,8 @@ SHVIT_INLINE auto sum_of(F f) {
 template <class T, int VB>
 SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
   if constexpr (VB > 16) {
-    Vec<T, VB / 2> halves[2];
-    __builtin_memcpy(halves, &v, sizeof(v));
-    return sum_lanes<T, VB / 2>(halves[0] + halves[1]);
+    const Halves<T, VB> halves(v);
+    return sum_lanes<T, VB / 2>(halves.low + halves.high);
   } else {
     T sum = v[0];
     for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
