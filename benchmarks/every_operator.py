@@ -67,7 +67,13 @@ def calls(backend: str, x: Tensor, p: dict[str, Tensor], P: int, tf32: bool) -> 
         last = p["proj_weight"], p["proj_bias"]
         module.shsa_mixer(x, *norm, *projection, *last, QK_DIM, EPS, QK_DIM**-0.5, tf32, tf32)
 
-    return {f.__name__: f for f in (shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer)}
+    def update_running_statistics() -> None:
+        batches, (mean, variance) = torch.zeros((), dtype=torch.int64).cuda(), torch.rand(2, len(p["bias"])).cuda()
+        running = p["bn_mean"].detach(), p["bn_var"].detach()
+        module.update_running_statistics(*running, batches, mean, variance, x.shape[0], 0.1)
+
+    operators = (shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics)
+    return {f.__name__: f for f in operators}
 
 
 def main(backend: str) -> None:

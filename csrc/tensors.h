@@ -115,6 +115,28 @@ struct RunningNorm {
   const Parameter weight, bias, mean, var;
 };
 
+// What the update of running statistics [O] writes, all of one type, and reads, of the type that statistics of
+// a batch have.
+inline void check_running_statistics(ScalarType type, const Tensor& running_mean, const Tensor& running_var,
+                                     const Tensor& num_batches_tracked, const Tensor& mean,
+                                     const Tensor& variance) {
+  const auto check = [](const char* name, const Tensor& t, int64_t count, ScalarType wanted) {
+    STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " values, got ", t.numel());
+    STD_TORCH_CHECK(t.scalar_type() == wanted && t.is_contiguous(), name,
+                    " must be contiguous and of the type that the kernel takes");
+  };
+  check("num_batches_tracked", num_batches_tracked, 1, ScalarType::Long);
+  check("mean", mean, mean.numel(), type);
+  check("variance", variance, mean.numel(), type);
+  check("running_mean", running_mean, mean.numel(), running_mean.scalar_type());
+  check("running_var", running_var, mean.numel(), running_mean.scalar_type());
+}
+
+// From the variance of `count` values to an estimate of that of all.
+inline double bessel_correction(int64_t count) {
+  return static_cast<double>(count) / static_cast<double>(count - 1);
+}
+
 // Mean and rstd of the images [B], maximum and sum of each row of the softmax [B, N].
 struct Saved {
   Tensor mean, rstd, row_max, row_sum;

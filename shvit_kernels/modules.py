@@ -4,6 +4,7 @@ Parameter names are those of timm and of the official repository.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,14 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Those of a plain module; ``nn.Module.__getattr__`` would take a microsecond for each."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias  # replicas of nn.DataParallel keep them elsewhere
+
+
 def _is_group_norm1(module: nn.Module) -> bool:
     """One-group normalisation as PyTorch computes it; timm's GroupNorm1 overrides ``forward`` with the same maths."""
     cls = type(module)
@@ -118,6 +127,11 @@ def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | No
     return (module, None) if _is_pointwise(module) else None
 
 
+def _by_batch(bn: nn.Module) -> bool:
+    """Whether ``bn`` normalises by the statistics of the batch."""
+    return bn.training or bn._buffers["running_mean"] is None
+
+
 def _merges_ranks(bn: nn.Module) -> bool:
     """Whether ``bn`` takes its batch statistics over several processes."""
     if not (type(bn) is nn.SyncBatchNorm and bn.training and dist.is_available() and dist.is_initialized()):
@@ -140,18 +154,16 @@ def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[
     return total, merged.to(mean.dtype), merged_cov.to(cov.dtype)
 
 
-def _track(bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor) -> None:
+def _track(
+    backend: ModuleType, bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor
+) -> None:
     """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does (unbiased variance, same error)."""
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    if not (bn.training and bn.track_running_stats) or count == 0:
-        return
-    running_mean, running_var, factor = bn.running_mean, bn.running_var, bn.momentum
-    if factor is None:
-        factor = bn.num_batches_tracked.to(running_mean.dtype).reciprocal()
-    unbiased = variance * (count / (count - 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), factor)
-    running_var.lerp_(unbiased.to(running_var.dtype), factor)
+    if bn.training and bn.track_running_stats:
+        own = bn._buffers
+        running = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        backend.update_running_statistics(*running, mean, variance, count, bn.momentum)
 
 
 class SHSA(nn.Module):
@@ -252,15 +264,14 @@ class SHSA(nn.Module):
         """The last convolution and norm where one operator runs the layer: on CPUs, both norms by batch statistics."""
         if not x.is_cpu or x.dtype not in backends.cpu.MIXER_TRAIN_DTYPES:
             return None
-        if bn is None or conv.bias is not None or len(rest) != 1:
+        if bn is None or not _by_batch(bn) or _weight_and_bias(conv)[1] is not None or len(rest) != 1:
             return None
         last = _conv_and_norm(rest[0])
-        if last is None or type(last[1]) is not nn.BatchNorm2d or last[0].bias is not None:
+        if last is None or type(last[1]) is not nn.BatchNorm2d or not _by_batch(last[1]):
             return None
-        weight = last[0].weight
+        weight, bias = _weight_and_bias(last[0])
         fits = weight.shape == (self.dim, self.dim, 1, 1) and weight.dtype == x.dtype and weight.device == x.device
-        by_batch = all(norm.training or norm.running_mean is None for norm in (bn, last[1]))
-        if not (fits and by_batch) or functional.is_autocast(x) or _merges_ranks(bn):
+        if bias is not None or not fits or functional.is_autocast(x) or _merges_ranks(bn):
             return None
         return last if backends.choose(x, None, self.pdim, self.qk_dim) is backends.cpu else None
 
@@ -275,17 +286,14 @@ class SHSA(nn.Module):
     ) -> Tensor:
         """The whole layer, with the residual if asked for, by one operator."""
         norm = self.pre_norm
-        for each in (bn, proj_bn):
-            if each.training and each.track_running_stats:
-                each.num_batches_tracked.add_(1)
-        attention = (norm.weight, norm.bias, conv.weight.flatten(1), bn.weight, bn.bias)
-        projection = (proj.weight.flatten(1), proj_bn.weight, proj_bn.bias)
+        attention = (*_weight_and_bias(norm), _weight_and_bias(conv)[0], *_weight_and_bias(bn))
+        projection = (_weight_and_bias(proj)[0], *_weight_and_bias(proj_bn))
         epsilons = (norm.eps, bn.eps, proj_bn.eps)
 
         def track(mean: Tensor, variance: Tensor, proj_mean: Tensor, proj_var: Tensor) -> None:
             count = x.shape[0] * x.shape[2] * x.shape[3]
-            _track(bn, count, x.shape, mean, variance)
-            _track(proj_bn, count, x.shape, proj_mean, proj_var)
+            _track(backends.cpu, bn, count, x.shape, mean, variance)
+            _track(backends.cpu, proj_bn, count, x.shape, proj_mean, proj_var)
 
         settings = (self.qk_dim, *epsilons, self.scale, residual)
         y, *_ = backends.cpu.mixer_train(x, *attention, *projection, *settings, measured=track)
@@ -299,10 +307,10 @@ class SHSA(nn.Module):
         projection = _conv_and_norm(self.qkv)
         if projection is None:
             return None
-        weight = projection[0].weight
+        weight = _weight_and_bias(projection[0])[0]
         if norm.num_channels != self.pdim or weight.shape != (2 * self.qk_dim + self.pdim, self.pdim, 1, 1):
             return None
-        same_dtype = norm.weight.dtype == weight.dtype == x.dtype
+        same_dtype = _weight_and_bias(norm)[0].dtype == weight.dtype == x.dtype
         if weight.device == x.device and (same_dtype or functional.is_autocast(x)):
             return projection
         return None
@@ -310,11 +318,11 @@ class SHSA(nn.Module):
     def _attend(self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, relu: bool) -> Tensor:
         """From the split to the concatenation (and ReLU)."""
         norm = self.pre_norm
-        weight, bias = conv.weight.flatten(1), conv.bias
-        if bn is not None and bn.training and bn.track_running_stats:
-            bn.num_batches_tracked.add_(1)
-        batch_statistics = bn is not None and (bn.training or bn.running_mean is None)
+        norm_weight, norm_bias = _weight_and_bias(norm)
+        weight, bias = _weight_and_bias(conv)
+        batch_statistics = bn is not None and _by_batch(bn)
         if functional.is_autocast(x) or (batch_statistics and (bias is not None or _merges_ranks(bn))):
+            weight = weight.flatten(1)
             if batch_statistics:
                 weight, bias = self._fold_batch(x, weight, bias, bn)
             elif bn is not None:
@@ -326,8 +334,8 @@ class SHSA(nn.Module):
                 weight,
                 bias,
                 qk_dim=self.qk_dim,
-                norm_weight=norm.weight,
-                norm_bias=norm.bias,
+                norm_weight=norm_weight,
+                norm_bias=norm_bias,
                 norm_eps=norm.eps,
                 scale=self.scale,
                 relu=relu,
@@ -337,16 +345,16 @@ class SHSA(nn.Module):
         settings = (self.scale, relu, *functional.tf32(x))
         if batch_statistics:
             y, mean, variance = backend.shsa_train(
-                x, norm.weight, norm.bias, weight, bn.weight, bn.bias, self.qk_dim, norm.eps, bn.eps, *settings
+                x, norm_weight, norm_bias, weight, *_weight_and_bias(bn), self.qk_dim, norm.eps, bn.eps, *settings
             )
-            _track(bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
+            _track(backend, bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
             return y
         statistics = (None, None, None, None, 0.0)
         if bn is not None:
-            statistics = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+            statistics = (*_weight_and_bias(bn), bn.running_mean, bn.running_var, bn.eps)
         *statistics, bn_eps = statistics
         return backend.shsa_eval(
-            x, norm.weight, norm.bias, weight, bias, *statistics, self.qk_dim, norm.eps, bn_eps, *settings
+            x, norm_weight, norm_bias, weight, bias, *statistics, self.qk_dim, norm.eps, bn_eps, *settings
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
@@ -361,7 +369,7 @@ class SHSA(nn.Module):
             mean, variance = backends.eager.batch_statistics(wide, z_mean, z_cov)
             if bias is not None:
                 mean = mean + bias
-            _track(bn, count, x.shape, mean.detach(), variance.detach())
+            _track(backends.eager, bn, count, x.shape, mean.detach(), variance.detach())
             folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
             return tuple(t.to(weight.dtype) for t in folded)
 

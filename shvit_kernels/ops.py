@@ -8,6 +8,7 @@ X there are
     shsa_train_forward_X, shsa_train_backward_X             moments, fold of the batch normalisation, attention
     shsa_eval_X                                             fold of the running statistics (if any), attention
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
+    update_running_statistics_X                             of a batch normalisation, in place
 
 the residual attention layer in training, for the CPU alone: mixer_train_forward, mixer_train_backward; and the
 operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
@@ -16,7 +17,9 @@ float32; ``backends.fused`` says what each computes.
 
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
-keep that format; gradients that were not asked for come back with size [0].
+keep that format; gradients that were not asked for come back with size [0]. The ``weight`` of what trains or folds may
+be that of a convolution, ``[O, P, 1, 1]`` (``proj_weight`` ``[C, C, 1, 1]``): a view of it would be one more step for
+autograd.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,6 +55,8 @@ _SCHEMAS = (
     f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
     f"shsa_mixer_X(Tensor x, {_NORM}, {_QKV}, Tensor proj_weight, Tensor? proj_bias, int qk_dim, float norm_eps, "
     "float scale, bool tf32_proj, bool tf32_attn) -> Tensor",
+    "update_running_statistics_X(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, "
+    "Tensor mean, Tensor variance, int count, float? momentum) -> ()",
 )
 
 _PROJ = "Tensor proj_weight, Tensor? proj_bn_weight, Tensor? proj_bn_bias"
@@ -157,7 +162,7 @@ def _fake_moments_backward(dmean, dcov, x1, mean, image_mean, image_rstd, norm_w
 
 def _fake_train(x, norm_weight, norm_bias, weight, *settings):
     # z_mean and z_cov are zeros where the projection itself is measured: inductor mistakes empty ones.
-    O, P = weight.shape
+    O, P = weight.shape[:2]
     dtype = sum_dtype(x.dtype)
     y, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
     sizes = ((P,), (P, P), (O,), (O,))
@@ -253,6 +258,7 @@ _FAKES = {
     "shsa_train_backward": _fake_train_backward,
     "shsa_eval": _fake_image,
     "shsa_mixer": _fake_image,
+    "update_running_statistics": lambda *arguments: None,
 }
 
 
@@ -316,24 +322,23 @@ def _run_backward(function: str, operator: Callable, needs: tuple[bool, ...], *a
     return _Once.apply(f"shvit_kernels.{function}", *results) if torch.is_grad_enabled() else results
 
 
-def _gradients(ctx, function: str, family: str, *arguments):
-    """Run a family's backward operator. The inputs start with the family's name."""
-    needs = ctx.needs_input_grad[1 : 1 + ctx.tensors]
-    results = _run_backward(function, FAMILIES[family][f"{function}_backward"], needs, *arguments)
-    return None, *results, *(None,) * (len(ctx.needs_input_grad) - 1 - ctx.tensors)
+def _gradients(ctx, function: str, operator: Callable, *arguments):
+    """Run a backward operator for the inputs behind the settings."""
+    return None, *_run_backward(function, operator, ctx.needs_input_grad[1:], *arguments)
 
 
-# forward takes ctx: a separate setup_context would cost more per call than a small layer's kernel.
+# Each call takes microseconds: a separate setup_context would cost more than a small layer's kernel, and every argument
+# costs more than an item of the settings.
 
 
 class Shsa(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, qkv_weight, qkv_bias, *settings)``: y of shsa_forward."""
+    """``apply((family, *settings), x, norm_weight, norm_bias, qkv_weight, qkv_bias)``: y of shsa_forward."""
 
     @staticmethod
-    def forward(ctx, family, *arguments):
-        output = FAMILIES[family]["shsa_forward"](*arguments)
-        x, *parameters = arguments[:5]
-        ctx.family, ctx.tensors, ctx.settings = family, 5, arguments[5:]
+    def forward(ctx, settings, x, *parameters):
+        family, *rest = settings
+        output = FAMILIES[family]["shsa_forward"](x, *parameters, *rest)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, *output, *parameters)
@@ -345,23 +350,25 @@ class Shsa(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x1, y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
-        return _gradients(ctx, "shsa", ctx.family, dy, x1, y, *rest, *ctx.settings)
+        family, *settings = ctx.settings
+        return _gradients(ctx, "shsa", FAMILIES[family]["shsa_backward"], dy, x1, y, *rest, *settings)
 
 
 class ShsaTrain(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, weight, bn_weight, bn_bias, *settings)`` of shsa_train_forward.
+    """``apply((family, *settings), x, norm_weight, norm_bias, weight, bn_weight, bn_bias)`` of shsa_train_forward.
 
     Returns y, and the mean and biased variance of the projection.
     """
 
     @staticmethod
-    def forward(ctx, family, *arguments):
-        output = FAMILIES[family]["shsa_train_forward"](*arguments)
+    def forward(ctx, settings, x, *parameters):
+        family, *rest = settings
+        output = FAMILIES[family]["shsa_train_forward"](x, *parameters, *rest)
         y, *_, mean, variance = output
-        ctx.family, ctx.tensors, ctx.settings = family, 6, arguments[6:]
+        ctx.settings = settings
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *arguments[1:6])
+        ctx.save_for_backward(*output, *parameters)
         return y, mean, variance
 
     @staticmethod
@@ -370,29 +377,23 @@ class ShsaTrain(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         y, *rest = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format(y))
-        return _gradients(ctx, "shsa_train", ctx.family, dy, y, *rest, *ctx.settings)
-
-
-MIXER_TRAIN_TENSORS, MIXER_TRAIN_ARGUMENTS = 9, 15
-"""How many arguments of mixer_train_forward are tensors, the first ones, and how many there are."""
+        family, *settings = ctx.settings
+        return _gradients(ctx, "shsa_train", FAMILIES[family]["shsa_train_backward"], dy, y, *rest, *settings)
 
 
 class MixerTrain(torch.autograd.Function):
-    """``apply(x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias,
-    *settings, *results)`` of mixer_train_forward: its first result, differentiable.
+    """``apply((settings, saved, out), x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
+    proj_bn_weight, proj_bn_bias)`` of mixer_train_forward: ``out``, its first result, differentiable.
 
     The operator runs before, so that a layer can update its running statistics in between: gradient checkpointing runs
     a layer again, but not beyond the last tensor that is saved.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        x, *parameters = arguments[:MIXER_TRAIN_TENSORS]
-        out, *saved = arguments[MIXER_TRAIN_ARGUMENTS:]
-        ctx.settings = arguments[MIXER_TRAIN_TENSORS:MIXER_TRAIN_ARGUMENTS]
+    def forward(ctx, made, x, *parameters):
+        ctx.settings, saved, out = made
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *saved, *parameters)
-        ctx.mark_dirty(out)  # returned itself: a view could not be modified in place
         return out
 
     @staticmethod
@@ -401,20 +402,19 @@ class MixerTrain(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         dout = dout.contiguous(memory_format=memory_format(x))
-        needs = ctx.needs_input_grad[:MIXER_TRAIN_TENSORS]
         operator = torch.ops.shvit_kernels.mixer_train_backward.default
-        results = _run_backward("mixer_train", operator, needs, dout, x, *rest, *ctx.settings)
-        return *results, *(None,) * (len(ctx.needs_input_grad) - MIXER_TRAIN_TENSORS)
+        return _gradients(ctx, "mixer_train", operator, dout, x, *rest, *ctx.settings)
 
 
 class PartialMoments(torch.autograd.Function):
-    """``apply(family, x, norm_weight, norm_bias, pdim, norm_eps)``: mean and cov of partial_moments_forward."""
+    """``apply((family, pdim, norm_eps), x, norm_weight, norm_bias)``: mean and cov of partial_moments_forward."""
 
     @staticmethod
-    def forward(ctx, family, x, norm_weight, norm_bias, pdim, norm_eps):
+    def forward(ctx, settings, x, norm_weight, norm_bias):
+        family, pdim, norm_eps = settings
         output = FAMILIES[family]["partial_moments_forward"](x, norm_weight, norm_bias, pdim, norm_eps)
         mean, cov, image_mean, image_rstd = output
-        ctx.family, ctx.tensors, ctx.channels = family, 3, x.shape[1]
+        ctx.family, ctx.channels = family, x.shape[1]
         ctx.set_materialize_grads(False)
         x1 = x[:, :pdim].contiguous(memory_format=memory_format(x))
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
@@ -428,4 +428,5 @@ class PartialMoments(torch.autograd.Function):
         P = mean.shape[0]
         dmean = mean.new_zeros(P) if dmean is None else dmean.contiguous()
         dcov = mean.new_zeros(P, P) if dcov is None else dcov.contiguous()
-        return _gradients(ctx, "partial_moments", ctx.family, dmean, dcov, x1, mean, *rest, ctx.channels)
+        operator = FAMILIES[ctx.family]["partial_moments_backward"]
+        return _gradients(ctx, "partial_moments", operator, dmean, dcov, x1, mean, *rest, ctx.channels)

@@ -39,7 +39,9 @@ def call_everything(functions: Functions, C: int, P: int, side: int, dtype: torc
     batch_norm = [parameter(O), parameter(O), *torch.empty(2, O, dtype=dtype)]
     settings = (0.25, True, False, False)
     functions.shsa(x, *norm, weight, bias, QK_DIM, EPS, *settings).sum().backward()
-    functions.shsa_train(x, *norm, weight, *batch_norm[:2], QK_DIM, EPS, EPS, *settings)[0].sum().backward()
+    y, *statistics = functions.shsa_train(x, *norm, weight, *batch_norm[:2], QK_DIM, EPS, EPS, *settings)
+    y.sum().backward()
+    functions.update_running_statistics(*batch_norm[2:], torch.tensor(0), *statistics, B * side * side, 0.1)
     sum(t.sum() for t in functions.partial_moments(x, *norm, P, EPS)).backward()
     with torch.no_grad():
         functions.shsa_eval(x, *norm, weight, bias, *batch_norm, QK_DIM, EPS, EPS, *settings)

@@ -15,13 +15,14 @@ from shvit_kernels.backends import cuda as backend
 from tests.support import cuda
 from tests.support.cases import Case, eval_call, mixer_call, moments_call, shsa_call, train_call
 from tests.support.numerics import Call, assert_parity, device_of, expect, moved
-from tests.support.operators import NAMES, Arguments
+from tests.support.operators import NAMES, OF_IMAGES, Arguments
 
 pytestmark = cuda.needs_kernels
 
 DEVICE = device_of(cuda.BACKEND)
 PARAMETERS = {"norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"}
 PARAMETERS |= {"weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var"}
+PARAMETERS |= {"running_mean", "running_var", "num_batches_tracked", "variance"}
 OPTIONS = {"everything": {}, "no_biases": {"norm": "weight", "bias": False}, "plain": {"norm": "none", "bias": False}}
 
 each_operator = pytest.mark.parametrize("name", NAMES)
@@ -67,7 +68,8 @@ def test_parameters_of_another_size_are_refused(arguments, rows, name):
     tried = [(i, parameter) for i, parameter in enumerate(names) if parameter in PARAMETERS]
     assert tried
     for i, parameter in tried:
-        wrong = given[i].new_ones(given[i].shape[0] + rows, *given[i].shape[1:])
+        good = given[i]
+        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:]) if good.dim() else good.new_ones(1 + rows)
         message = f"{parameter} must have {given[i].numel()} values, got {wrong.numel()}"
         with pytest.raises(RuntimeError, match=message):
             arguments.operators[name](*given[:i], wrong, *given[i + 1 :])
@@ -76,7 +78,7 @@ def test_parameters_of_another_size_are_refused(arguments, rows, name):
 @each_operator
 def test_types_without_kernels_are_refused(arguments, name):
     given = arguments.of(name, small_case())[0]
-    images = {"x", "dy", "y", "x1"}
+    images = {"x", "dy", "y", "x1", "running_mean"}
     names = [argument.name for argument in arguments.operators[name]._schema.arguments]
     wide = [t.double() if k in images else t for k, t in zip(names, given, strict=True)]
     with pytest.raises(RuntimeError, match="the cuda kernels take float16, bfloat16 and float32"):
@@ -98,7 +100,7 @@ def test_the_largest_sizes_run(P, D):
     assert_parity(call.run(cuda.BACKEND), expect(call))
 
 
-@each_operator
+@pytest.mark.parametrize("name", OF_IMAGES)
 def test_images_that_cannot_be_read_are_refused(arguments, name):
     given = list(arguments.of(name, small_case())[0])
     names = [argument.name for argument in arguments.operators[name]._schema.arguments]
@@ -109,7 +111,7 @@ def test_images_that_cannot_be_read_are_refused(arguments, name):
 
 
 @cuda.only_hosted
-@each_operator
+@pytest.mark.parametrize("name", OF_IMAGES)  # the other has no shared memory
 @pytest.mark.parametrize("N", [16, 300])
 def test_an_error_of_a_launch_names_the_operator(arguments, harness, N, name):
     given = arguments.of(name, small_case(N=N))[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shvit_kernels import SHSA, functional, ops
+from shvit_kernels import SHSA, functional
 from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import cpu, eager
 from tests.support import exact
@@ -321,12 +321,6 @@ def test_residual_of_the_layer(layout):
     torch.testing.assert_close(doubled, x + 2 * layer(x), rtol=1e-12, atol=1e-12)
     layer.eval()
     torch.testing.assert_close(layer.with_residual(x), x + layer(x), rtol=1e-12, atol=1e-12)
-
-
-def test_autograd_class_and_schema_agree():
-    names = [argument.name for argument in FORWARD._schema.arguments]
-    assert names.index("qk_dim") == ops.MIXER_TRAIN_TENSORS
-    assert len(names) == ops.MIXER_TRAIN_ARGUMENTS
 
 
 @each_layout

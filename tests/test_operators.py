@@ -74,6 +74,7 @@ def test_opcheck_of_extreme_sizes(B, N, name):
 # Kernels read parameters by pointer: what has too few values must never reach them.
 PARAMETERS = {"norm_weight", "norm_bias", "qkv_weight", "qkv_bias"}
 PARAMETERS |= {"weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var"}
+PARAMETERS |= {"running_mean", "running_var", "num_batches_tracked", "variance"}
 
 
 @each_operator
@@ -85,7 +86,7 @@ def test_parameters_of_another_size_are_refused(rows, name):
     assert tried
     for i, parameter in tried:
         good = arguments[i]
-        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:])
+        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:]) if good.dim() else good.new_ones(1 + rows)
         message = f"{parameter} must have {good.numel()} values, got {wrong.numel()}"
         with pytest.raises(RuntimeError, match=message):
             NATIVE[name](*arguments[:i], wrong, *arguments[i + 1 :])

@@ -1,5 +1,8 @@
 // The operators of shvit_kernels/ops.py for CPU tensors, and the facts about this library that Python asks for.
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -321,9 +324,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
       dx, dnorm.weight.result(), dnorm.bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
 }
 
+template <class S, class T>
+void update(const Tensor& running, const Tensor& batch, double share, double factor) {
+  S* values = static_cast<S*>(running.mutable_data_ptr());
+  const T* more = static_cast<const T*>(batch.const_data_ptr());
+  const T s = static_cast<T>(share), f = static_cast<T>(factor);
+  for (int64_t o = 0; o < batch.numel(); ++o) {
+    const T old = static_cast<T>(values[o]);
+    values[o] = static_cast<S>(old + s * (more[o] * f - old));
+  }
+}
+
+void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor num_batches_tracked, Tensor mean,
+                               Tensor variance, int64_t count, std::optional<double> momentum) {
+  const ScalarType running = running_mean.scalar_type();
+  const auto updated = [&] {
+    switch (running) {
+      case ScalarType::Float:
+        return update<float, float>;
+      case ScalarType::Double:
+        return update<double, double>;
+      case ScalarType::BFloat16:
+        return update<torch::headeronly::BFloat16, float>;
+      case ScalarType::Half:
+        return update<torch::headeronly::Half, float>;
+      default:
+        STD_TORCH_CHECK(false, "running statistics must be float16, bfloat16, float32 or float64");
+    }
+  }();
+  check_running_statistics(compute_type(running), running_mean, running_var, num_batches_tracked, mean,
+                           variance);
+  const int64_t batches = ++*static_cast<int64_t*>(num_batches_tracked.mutable_data_ptr());
+  if (count == 0) return;
+  const double share = momentum.value_or(1 / static_cast<double>(batches));
+  updated(running_mean, mean, share, 1);
+  updated(running_var, variance, share, bessel_correction(count));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
+  m.impl("update_running_statistics_native", TORCH_BOX(&update_running_statistics));
   m.impl("shsa_train_forward_native", TORCH_BOX(&shsa_train_forward));
   m.impl("shsa_train_backward_native", TORCH_BOX(&shsa_train_backward));
   m.impl("shsa_eval_native", TORCH_BOX(&shsa_eval));

@@ -157,6 +157,19 @@ struct FoldBackwardParams {
 const char* fold_backward(const FoldBackwardParams& params, Type type, void* stream);
 
 // ---------------------------------------------------------------------------------------------------------------
+// running_statistics.cu: running means with `momentum`, or averages of all batches.
+struct RunningStatisticsParams {
+  int O;
+  int64_t count;  // of values per channel
+  bool averages;
+  float momentum, unbiased;          // count / (count - 1)
+  void *running_mean, *running_var;  // [O], of the type given
+  const float *mean, *variance;      // [O]: of the batch; biased
+  int64_t* num_batches_tracked;
+};
+const char* update_running_statistics(const RunningStatisticsParams& params, Type type, void* stream);
+
+// ---------------------------------------------------------------------------------------------------------------
 // shsa_long.cu: any N, through q, k and v staged in a workspace of this many bytes
 
 size_t shsa_long_forward_workspace(const Sizes& sizes, Type type);

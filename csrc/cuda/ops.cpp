@@ -542,6 +542,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
           dweight.result(), dbn_weight.result(),       dbn_bias.result()};
 }
 
+void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor num_batches_tracked, Tensor mean,
+                               Tensor variance, int64_t count, std::optional<double> momentum) {
+  const Call call("update_running_statistics", running_mean);
+  call.on_one_device(running_var, num_batches_tracked, mean, variance);
+  check_running_statistics(ScalarType::Float, running_mean, running_var, num_batches_tracked, mean, variance);
+  RunningStatisticsParams p{};
+  p.O = static_cast<int>(mean.numel());
+  p.count = count;
+  p.averages = !momentum.has_value();
+  p.momentum = static_cast<float>(momentum.value_or(0));
+  p.unbiased = static_cast<float>(bessel_correction(count));
+  p.running_mean = running_mean.mutable_data_ptr();
+  p.running_var = running_var.mutable_data_ptr();
+  p.mean = const_floats(mean);
+  p.variance = const_floats(variance);
+  p.num_batches_tracked = static_cast<int64_t*>(num_batches_tracked.mutable_data_ptr());
+  call.check(cuda::update_running_statistics(p, call.type, call.stream));
+}
+
 }  // namespace
 }  // namespace operators
 
@@ -558,4 +577,5 @@ STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, SHVIT_DISPATCH_KEY, m) {
   SHVIT_OPERATOR(shsa_train_backward);
   SHVIT_OPERATOR(shsa_eval);
   SHVIT_OPERATOR(shsa_mixer);
+  SHVIT_OPERATOR(update_running_statistics);
 }

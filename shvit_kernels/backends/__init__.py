@@ -6,7 +6,7 @@ A backend is a module with
     devices                              types of the devices whose tensors automatic choice gives to it
     why_unavailable()                    None, or one sentence: why it cannot run on this machine
     why_not(x, pdim=1, qk_dim=1)         None, or one sentence: why it cannot run this call
-    shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer
+    shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics
                                          the functions, as ``eager`` defines them, on validated arguments
 
 ``cpu`` and ``eager`` have ``mixer_train`` too.

@@ -29,7 +29,7 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
     return None
 
 
-shsa, partial_moments, shsa_train, shsa_eval, _ = operators.functions("native")
+shsa, partial_moments, shsa_train, shsa_eval, _, update_running_statistics = operators.functions("native")
 
 
 def mixer_train(
@@ -52,7 +52,7 @@ def mixer_train(
     if measured is not None:
         measured(*statistics)
     if operators.tracks_gradients(*tensors):
-        out = ops.MixerTrain.apply(x, *rest, out, *saved)
+        out = ops.MixerTrain.apply((rest[8:], saved, out), x, *rest[:8])
     return out, *statistics
 
 

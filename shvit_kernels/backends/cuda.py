@@ -66,4 +66,5 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
     return _constant_why_not_on(x.device.index)
 
 
-shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer = operators.functions("native")
+_functions = operators.functions("native")
+shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics = _functions

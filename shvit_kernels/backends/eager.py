@@ -125,12 +125,33 @@ def shsa_train(
     *settings: float | bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``shsa`` with the projection batch-normalised by its own statistics: y, and the projection's mean, variance."""
-    wide = weight.to(sum_dtype(weight.dtype))
+    wide = weight.flatten(1).to(sum_dtype(weight.dtype))
     z_mean, z_cov = partial_moments(x, norm_weight, norm_bias, weight.shape[1], norm_eps)
     mean, variance = batch_statistics(wide, z_mean, z_cov)
     qkv_weight, qkv_bias = fold(wide, None, bn_weight, bn_bias, mean, variance, bn_eps)
     y = shsa(x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, *settings)
     return y, mean, variance
+
+
+def update_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int | Tensor,
+    momentum: float | None,
+) -> None:
+    """As ``torch.nn.BatchNorm2d`` does, from the mean and biased variance of ``count`` values per channel: running
+    means with ``momentum``, or averages of all batches without it. A batch without values is only counted."""
+    num_batches_tracked.add_(1)
+    if count == 0:
+        return
+    if momentum is None:
+        momentum = num_batches_tracked.to(running_mean.dtype).reciprocal()
+    unbiased = variance * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def mixer_train_after(
@@ -157,7 +178,7 @@ def mixer_train_after(
     y, mean, variance = attend(x, *parameters, qk_dim, norm_eps, bn_eps, scale, True, False, False)
     with _full_precision(x):
         proj_weight, proj_bn_weight, proj_bn_bias = _as(x.dtype, proj_weight, proj_bn_weight, proj_bn_bias)
-        projected = F.conv2d(y, proj_weight[:, :, None, None])
+        projected = F.conv2d(y, proj_weight.flatten(1)[:, :, None, None])
         values = projected.to(sum_dtype(x.dtype)).transpose(0, 1).flatten(1)
         count = max(values.shape[1], 1)  # no tokens: zeros, not NaN
         proj_mean = values.sum(dim=1) / count
@@ -189,6 +210,7 @@ def fold_and(
     *settings: float | bool,
 ) -> Tensor:
     """``attend``, a ``shsa``, on the projection with the running statistics folded in; without them on it as it is."""
+    weight = weight.flatten(1)
     if bn_mean is not None:
         weight, bias = fold(weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
     return attend(x, norm_weight, norm_bias, weight, bias, qk_dim, norm_eps, *settings)

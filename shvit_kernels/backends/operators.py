@@ -19,6 +19,7 @@ class Functions(NamedTuple):
     shsa_train: Callable[..., tuple[Tensor, Tensor, Tensor]]
     shsa_eval: Callable[..., Tensor]
     shsa_mixer: Callable[..., Tensor]
+    update_running_statistics: Callable[..., None]
 
 
 def tracks_gradients(*tensors: Tensor | None) -> bool:
@@ -32,23 +33,24 @@ def functions(family: str) -> Functions:
     operators = ops.FAMILIES[family]
     shsa_forward, moments_forward = operators["shsa_forward"], operators["partial_moments_forward"]
     train_forward, evaluate, mix = operators["shsa_train_forward"], operators["shsa_eval"], operators["shsa_mixer"]
+    update = operators["update_running_statistics"]
 
     def shsa(x: Tensor, *rest) -> Tensor:
         x = ops.readable(x)
         if tracks_gradients(x, *rest[:4]):
-            return ops.Shsa.apply(family, x, *rest)
+            return ops.Shsa.apply((family, *rest[4:]), x, *rest[:4])
         return shsa_forward(x, *rest)[0]
 
     def partial_moments(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
         x = ops.readable(x)
         if tracks_gradients(x, *rest[:2]):
-            return ops.PartialMoments.apply(family, x, *rest)
+            return ops.PartialMoments.apply((family, *rest[2:]), x, *rest[:2])
         return moments_forward(x, *rest)[:2]
 
     def shsa_train(x: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
         x = ops.readable(x)
         if tracks_gradients(x, *rest[:5]):
-            return ops.ShsaTrain.apply(family, x, *rest)
+            return ops.ShsaTrain.apply((family, *rest[5:]), x, *rest[:5])
         y, *_, mean, variance = train_forward(x, *rest)
         return y, mean, variance
 
@@ -62,4 +64,10 @@ def functions(family: str) -> Functions:
             return eager.mix_after(shsa, x, *rest)
         return mix(ops.readable(x), *rest)
 
-    return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer)
+    def update_running_statistics(running_mean: Tensor, *rest) -> None:
+        _, _, mean, *_ = rest
+        # Kernels take the statistics that go with their images.
+        known = (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64)
+        (update if known else eager.update_running_statistics)(running_mean, *rest)
+
+    return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics)

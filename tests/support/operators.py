@@ -59,8 +59,16 @@ class Arguments:
     def shsa_mixer(self, case: Case) -> list[tuple]:
         return [(*self._inputs(mixer_call, case), case.D, EPS, SCALE, False, False)]
 
+    def update_running_statistics(self, case: Case) -> list[tuple]:
+        O, dtype = 2 * case.D + case.P, ops.sum_dtype(case.dtype)
+        running_mean, running_var, mean, variance = torch.rand(4, O, dtype=dtype, device=self.device)
+        batches = torch.tensor(3, device=self.device)
+        count = case.B * case.N
+        return [(running_mean, running_var, batches, mean, variance, count, momentum) for momentum in (0.1, None)]
+
 
 NAMES = [name for name in vars(Arguments) if not name.startswith("_") and name != "of"]
+OF_IMAGES = [name for name in NAMES if name != "update_running_statistics"]
 
 
 def copy_of_x1(x: Tensor, P: int) -> Tensor:

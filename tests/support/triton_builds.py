@@ -178,6 +178,10 @@ def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
     yield "shsa_train_forward", train
     results = operators["shsa_train_forward"](*train)
     yield "shsa_train_backward", (y, *results, *norm, weight, vector, vector, *long, [True] * 6)
+    statistics = new(O, dtype=torch.float32)
+    batches = new(1, dtype=torch.int64)
+    for momentum in (0.1, None):
+        yield "update_running_statistics", (vector, vector, batches, statistics, statistics, case.batch, momentum)
 
 
 def cases(target: str) -> Iterator[Case]:

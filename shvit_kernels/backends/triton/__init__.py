@@ -76,4 +76,5 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
     return reason
 
 
-shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer = operators.functions("triton")
+_functions = operators.functions("triton")
+shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics = _functions

@@ -546,7 +546,7 @@ def _attention_gradient(
     B, C, H, W = dy.shape
     x1, y, mean, rstd, row_max, row_sum = saved
     N, D = H * W, settings.qk_dim
-    O, P = weight.shape
+    O, P = weight.shape[:2]
     ld = triton.cdiv(O, 16) * 16  # aligned for vectors
     kinds = 1 if batch_norm is None else 2
     bn = batch_norm or BatchNorm(None, None, None, None, 0.0)
@@ -610,7 +610,7 @@ def gradients(
     of the projection's bias."""
     B, C, H, W = dy.shape
     N = H * W
-    O, P = weight.shape
+    O, P = weight.shape[:2]
     last = (bias,) if batch_norm is None else (batch_norm.weight, batch_norm.bias)
     dx = torch.empty_like(dy, memory_format=ops.memory_format(saved.y)) if needs[0] else None
     parameters = [

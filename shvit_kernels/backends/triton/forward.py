@@ -115,7 +115,7 @@ def attend(
 
 def check(x, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, qk_dim) -> list[Tensor | None]:
     """The parameters of a call as kernels read them, or an error where x or one of them cannot be read."""
-    P = weight.shape[-1]
+    P = weight.shape[1]
     O = 2 * qk_dim + P
     common.check_images(x, P)
     if (bn_mean is None) != (bn_var is None):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from .backward import BatchNorm, Saved, Settings, gradients
-from .common import channels_last, dot, on_device_of, padded
+from .common import channels_last, dot, on_device_of, padded, parameters
 from .forward import attend
 from .moments import fits_whole, measure_images, shift, shifted_z, statistics_of_tile
 from .tiles import Tiles, both, element, tile_tokens
@@ -122,7 +122,7 @@ def _statistics(
     variance of the projection."""
     B, C, H, W = x.shape
     N = H * W
-    O, P = weight.shape
+    O, P = weight.shape[:2]
     x1 = x.new_empty(B, P, H, W).contiguous(memory_format=ops.memory_format(x))
 
     def fresh(*size: int) -> Tensor:
@@ -176,4 +176,40 @@ def shsa_train_backward(
     return gradients(dy, saved, (norm_weight, norm_bias), weight, None, batch_norm, settings, needs)
 
 
-OPERATORS = {"shsa_train_forward": shsa_train_forward, "shsa_train_backward": shsa_train_backward}
+@triton.jit
+def _update_running_statistics(
+    running_mean, running_var, num_batches_tracked, mean, variance, unbiased, momentum, O,
+    COUNTS_ONLY: tl.constexpr, AVERAGES: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """By one program of one warp: every thread reads the number of batches before one writes it."""
+    batches = tl.load(num_batches_tracked) + 1
+    tl.store(num_batches_tracked, batches)
+    if not COUNTS_ONLY:
+        share = 1.0 / batches.to(tl.float32) if AVERAGES else momentum
+        o = tl.arange(0, BO)
+        old_mean = tl.load(running_mean + o, o < O).to(tl.float32)
+        old_var = tl.load(running_var + o, o < O).to(tl.float32)
+        tl.store(running_mean + o, old_mean + share * (tl.load(mean + o, o < O) - old_mean), o < O)
+        tl.store(running_var + o, old_var + share * (tl.load(variance + o, o < O) * unbiased - old_var), o < O)
+
+
+def update_running_statistics(running_mean, running_var, num_batches_tracked, mean, variance, count, momentum):
+    O = mean.numel()
+    given = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "variance": variance}
+    parameters(num_batches_tracked=(num_batches_tracked, 1), **{name: (t, O) for name, t in given.items()})
+    for name, t in given.items():
+        if t.dtype == torch.float64 or not t.is_contiguous():
+            raise RuntimeError(f"{name} must be contiguous and of the type that the kernel takes")
+    unbiased = count / (count - 1) if count > 1 else 1.0
+    with on_device_of(mean):
+        _update_running_statistics[(1,)](
+            running_mean, running_var, num_batches_tracked, mean, variance, unbiased, momentum or 0.0, O,
+            COUNTS_ONLY=count == 0, AVERAGES=momentum is None, BO=padded(O), num_warps=1,
+        )  # fmt: skip
+
+
+OPERATORS = {
+    "shsa_train_forward": shsa_train_forward,
+    "shsa_train_backward": shsa_train_backward,
+    "update_running_statistics": update_running_statistics,
+}
