@@ -573,8 +573,8 @@ def print_peers(found: dict[Shape, Predicted]) -> None:
     print("  and convolutions stay one launch each, and every run of other operators between them is one launch that")
     print("  reads its inputs and writes its outputs once. Merging a run into a product is not considered.")
     print("- A training step of ours includes the launch by which the layer updates its running statistics; elsewhere")
-    print("  on this page it is the operator alone. The long serial paths of the backward's kernels and sums are why it")
-    print("  stays below what was sought.")
+    print("  on this page it is the operator alone. It stays below what was sought because of the long serial paths of")
+    print("  the backward's kernels and sums.")
     print("- `shsa_mixer` of `cuda` stays below it where its tensor-core products, on padded tiles, are the limiter.")
     for backend, lines in against_the_peers(found).items():
         print(f"\n## Predicted: `{backend}` against PyTorch\n")
