@@ -71,16 +71,16 @@ SHVIT_INLINE T channel_gamma(const shvit::BatchNorm& bn, int64_t o) {
 template <int VB, class T>
 SHVIT_INLINE void normalise_channels(const shvit::BatchNorm& bn, const Sizes& s, double scale, int64_t columns,
                                      int64_t ld, T* u, T* qkv) {
-  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   for (int64_t o = 0; o < s.O(); ++o) {
     const T mean = static_cast<const T*>(bn.mean)[o], rstd = channel_rstd<T>(bn, o);
     const T logits = o < s.D ? static_cast<T>(scale) : T(1), factor = channel_gamma<T>(bn, o) * logits;
     const T offset = (bn.bias ? static_cast<const T*>(bn.bias)[o] : T(0)) * logits;
-    for (int64_t t = o * ld; t < o * ld + columns; t += kColumnStep<T, VB>) {
-      const V n = (load<V>(u + t) - mean) * rstd;
-      store(u + t, n);
-      store(qkv + t, n * factor + offset);
-    }
+    T *from = u + o * ld, *to = qkv + o * ld;
+    over_columns<T, VB>(columns, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+      const auto n = (load_as(from + t, lanes) - mean) * rstd;
+      store(from + t, n);
+      store(to + t, n * factor + offset);
+    });
   }
 }
 
@@ -100,12 +100,14 @@ SHVIT_INLINE void channel_sums(const T* dqkv, const T* normal, int64_t O, int64_
 template <int VB, class T>
 SHVIT_INLINE void channel_backward(const shvit::BatchNorm& bn, const double* dbeta, const double* dgamma,
                                    double count, int64_t O, int64_t n, int64_t ld, T* dqkv, const T* normal) {
-  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   for (int64_t o = 0; o < O; ++o) {
     const T factor = channel_gamma<T>(bn, o) * channel_rstd<T>(bn, o);
     const T shift = static_cast<T>(dbeta[o] / count), slope = static_cast<T>(dgamma[o] / count);
-    for (int64_t t = o * ld; t < o * ld + n; t += kColumnStep<T, VB>)
-      store(dqkv + t, factor * (load<V>(dqkv + t) - shift - load<V>(normal + t) * slope));
+    T* d = dqkv + o * ld;
+    const T* x = normal + o * ld;
+    over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+      store(d + t, factor * (load_as(d + t, lanes) - shift - load_as(x + t, lanes) * slope));
+    });
   }
 }
 

@@ -38,23 +38,26 @@ SHVIT_INLINE NormSums norm_sums(const T* dz, const T* normal, int64_t P, int64_t
 template <int VB, class T>
 SHVIT_INLINE void norm_backward(T* dz, const T* normal, int64_t P, int64_t n, int64_t ld, const T* weight,
                                 T rstd, const NormSums& sums, double count) {
-  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   const T a = static_cast<T>(sums.gradient / count), b = static_cast<T>(sums.projected / count);
   for (int64_t p = 0; p < P; ++p) {
     T* d = dz + p * ld;
     const T* x = normal + p * ld;
-    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>)
-      store(d + t, rstd * (weight[p] * load<V>(d + t) - a - load<V>(x + t) * b));
+    over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+      store(d + t, rstd * (weight[p] * load_as(d + t, lanes) - a - load_as(x + t, lanes) * b));
+    });
   }
 }
 
 // total[i] = sum over parts of partial[part][i], in order.
 template <class Sum, class T>
 SHVIT_INLINE void add_parts(const Sum* partial, int64_t parts, int64_t stride, int64_t count, T* total) {
-  for (int64_t i = 0; i < count; ++i) {
-    Sum sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += partial[part * stride + i];
-    total[i] = static_cast<T>(sum);
+  constexpr int64_t kAtATime = 64;
+  for (int64_t first = 0; first < count; first += kAtATime) {
+    const int64_t n = min64(kAtATime, count - first);
+    Sum sums[kAtATime] = {};
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t i = 0; i < n; ++i) sums[i] += partial[part * stride + first + i];
+    for (int64_t i = 0; i < n; ++i) total[first + i] = static_cast<T>(sums[i]);
   }
 }
 

@@ -172,17 +172,46 @@ SHVIT_INLINE void sigmoid_row(float* row, int64_t n) {
   if (i < n) store_some<VB>(row + i, sigmoid<VB>(load_some<VB>(row + i, n - i)), n - i);
 }
 
+// f(vector, first column) for n columns of a panel, and the few more that vectors of kColumnStep take.
+template <class T, int VB, class F>
+SHVIT_INLINE void over_columns(int64_t n, F f) {
+  constexpr int64_t kStep = kColumnStep<T, VB>;
+  int64_t t = 0;
+  for (; n - t > kLanes<T, VB> - kStep; t += kLanes<T, VB>) f(Vec<T, VB>{}, t);
+  if constexpr (kStep < kLanes<T, VB>) {
+    if (t < n) f(Vec<T, VB / 2>{}, t);
+  }
+}
+
+// Zeros from column n up to the next kColumnStep.
+template <int VB, class T>
+SHVIT_INLINE void clear_columns(T* panel, int64_t rows, int64_t ld, int64_t n) {
+  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
+  const int64_t kept = n % kColumnStep<T, VB>;
+  if (kept == 0) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* last = panel + r * ld + n - kept;
+    store(last, keep_lanes(load<V>(last), kept));
+  }
+}
+
 // panel[p][t] of n tokens; the columns up to the next kColumnStep are zero.
 template <int VB, class S, class T>
 SHVIT_INLINE void load_panel(ImageView<const S> x, int64_t P, int64_t n, T* panel, int64_t ld) {
   if (x.token_stride == 1) {
-    for (int64_t p = 0; p < P; ++p) map_row<VB>(x.data + p * x.channel_stride, panel + p * ld, n, Identity{});
+    for (int64_t p = 0; p < P; ++p) {
+      const S* from = x.data + p * x.channel_stride;
+      over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+        constexpr int kBytes = sizeof(lanes);
+        const bool whole = n - t >= kLanes<T, kBytes>;
+        store(panel + p * ld + t,
+              whole ? load_wide<kBytes>(from + t) : load_wide_some<kBytes>(from + t, n - t));
+      });
+    }
   } else {
     transpose(x.data, x.token_stride, n, P, panel, ld);
+    clear_columns<VB>(panel, P, ld, n);
   }
-  const int64_t padded = round_up(n, kColumnStep<T, VB>);
-  for (int64_t p = 0; p < P; ++p)
-    for (int64_t t = n; t < padded; ++t) panel[p * ld + t] = 0;
 }
 
 template <int VB, class S, class T>
@@ -261,16 +290,19 @@ SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, 
   }
 }
 
-// Sums over the n tokens of a panel's row, of f(vector or scalar, column).
+// Sums over the n tokens of a panel's row, of f(vector, column). A panel may be read up to a vector beyond n.
 template <int VB, class T, class F>
-SHVIT_INLINE double sum_row(int64_t n, F f) {
+SHVIT_INLINE Vec<T, VB> sum_lanes_of_row(int64_t n, F f) {
   constexpr int W = kLanes<T, VB>;
   Vec<T, VB> sum{};
   int64_t t = 0;
   for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, t);
-  double total = horizontal_sum<T, VB>(sum);
-  for (; t < n; ++t) total += f(T(0), t);
-  return total;
+  if (t < n) sum += keep_lanes(f(Vec<T, VB>{}, t), n - t);
+  return sum;
+}
+template <int VB, class T, class F>
+SHVIT_INLINE double sum_row(int64_t n, F f) {
+  return horizontal_sum<T, VB>(sum_lanes_of_row<VB, T>(n, f));
 }
 
 // Group normalisation of an image, or what is known of it from some of its tokens.
@@ -287,20 +319,14 @@ struct Moments {
   SHVIT_INLINE double rstd(double eps) const { return 1.0 / __builtin_sqrt(squares / count + eps); }
 };
 
-// The same over the P rows of a panel, of f(vector or scalar, row, column): rows are added up lane by lane.
+// The same over the P rows of a panel, of f(vector, row, column): rows are added up lane by lane.
 template <int VB, class T, class F>
 SHVIT_INLINE double sum_panel(int64_t P, int64_t n, F f) {
-  constexpr int W = kLanes<T, VB>;
   WideSum<T, VB> total;
-  double rest = 0;
-  for (int64_t p = 0; p < P; ++p) {
-    Vec<T, VB> sum{};
-    int64_t t = 0;
-    for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, p, t);
-    total.add(sum);
-    for (; t < n; ++t) rest += f(T(0), p, t);
-  }
-  return total.sum() + rest;
+  for (int64_t p = 0; p < P; ++p)
+    total.add(
+        sum_lanes_of_row<VB, T>(n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA { return f(lane, p, t); }));
+  return total.sum();
 }
 
 template <int VB, class T>
@@ -323,23 +349,16 @@ SHVIT_INLINE Moments panel_moments(const T* panel, int64_t P, int64_t n, int64_t
 template <int VB, class T>
 SHVIT_INLINE void normalise(T* panel, T* z, int64_t P, int64_t n, int64_t ld, T mean, T rstd, const T* weight,
                             const T* bias) {
-  using V = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
   for (int64_t p = 0; p < P; ++p) {
     const T factor = rstd * weight[p], b = bias ? bias[p] : T(0);
     T* row = panel + p * ld;
     T* out = z + p * ld;
-    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
-      const V centred = load<V>(row + t) - mean;
+    over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+      const auto centred = load_as(row + t, lanes) - mean;
       if (panel != z) store(row + t, centred * rstd);
       store(out + t, centred * factor + b);
-    }
+    });
   }
-}
-
-template <class T>
-SHVIT_INLINE void clear_columns(T* panel, int64_t rows, int64_t ld, int64_t from, int64_t to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = from; t < to; ++t) panel[r * ld + t] = 0;
 }
 
 // How images are cut: short ones whole, several per panel when they are tiny; long ones in blocks of tokens.

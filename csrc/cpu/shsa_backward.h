@@ -216,7 +216,7 @@ struct ShsaBackward {
     load_panel<VB>(x1, s.P, n, normal, ld);
     normalise<VB>(normal, z, s.P, n, ld, typed(a.mean)[image], typed(a.rstd)[image], typed(a.norm_weight),
                   typed(a.norm_bias));
-    clear_columns(z, s.P, ld, n, round_up(n, kColumnStep<T, VB>));
+    clear_columns<VB>(z, s.P, ld, n);
   }
 
   // dout, the gradient of the attention's output, and delta.
@@ -225,25 +225,24 @@ struct ShsaBackward {
     const Sizes& s = a.sizes;
     load_panel<VB>(first(a, a.dy, a.dy_row, image).at(0, token), s.P, n, dout, ld);
     if (!a.made_y) load_panel<VB>(first(a, a.y, a.y_row, image).at(0, token), s.P, n, y, ld);
-    using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
     const Parts depth{s.P, depth_pieces(s.P)};
-    for (int64_t t = 0; t < n; t += kColumnStep<T, VB>) {
-      Step sum{};
+    over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+      auto sum = lanes;
       // In the pieces and order of gemm: where one key takes all, delta then equals its dA and no noise is
       // left.
       for (int64_t piece = 0; piece < depth.parts; ++piece) {
-        Step part{};
+        auto part = lanes;
         for (int64_t p = depth.begin(piece); p < depth.end(piece); ++p) {
-          Step d = load<Step>(dout + p * ld + t);
-          const Step o = load<Step>(y + p * ld + t);
-          if (a.relu) d = o <= 0 ? Step{} : d;
+          auto d = load_as(dout + p * ld + t, lanes);
+          const auto o = load_as(y + p * ld + t, lanes);
+          if (a.relu) d = o <= 0 ? lanes : d;
           store(dout + p * ld + t, d);
           part += d * o;
         }
         sum += part;
       }
       store(delta + t, sum);
-    }
+    });
   }
 
   // y of a short image, from its panel of q, k and v and the saved statistics.
@@ -264,12 +263,11 @@ struct ShsaBackward {
           store(score, exp_nonpositive<T, VB>(load<V>(score) - load<V>(highest + j)));
         }
       gemm<T, VB>(s.P, queries, s.N, {v, ld, 1}, scratch.columns, kQueryColumns, scratch.made, kQueryColumns);
-      using Step = Vec<T, kColumnStep<T, VB> * sizeof(T)>;
       for (int64_t p = 0; p < s.P; ++p)
-        for (int64_t j = 0; j < queries; j += kColumnStep<T, VB>) {
-          const Step value = load<Step>(scratch.made + p * kQueryColumns + j) * load<Step>(inverse + j);
-          store(y + p * ld + t + j, max0(value));
-        }
+        over_columns<T, VB>(queries, [&](auto lanes, int64_t j) SHVIT_INLINE_LAMBDA {
+          const T* value = scratch.made + p * kQueryColumns + j;
+          store(y + p * ld + t + j, max0(load_as(value, lanes) * load_as(inverse + j, lanes)));
+        });
     }
     store_panel<VB>(y, ld, s.P, s.N,
                     ImageView<S>{static_cast<S*>(a.made_y) + image * s.N * a.y_row, 1, a.y_row});
@@ -450,8 +448,7 @@ struct ShsaBackward {
       load_group(a, groups, group, scratch);
       through_batch_norm(a, columns, ld, staged, workspace);
     }
-    for (int64_t i = 0; i < images; ++i)
-      clear_columns(staged.dqkv + i * groups.distance, s.O(), ld, s.N, groups.distance);
+    for (int64_t i = 0; i < images; ++i) clear_columns<VB>(staged.dqkv + i * groups.distance, s.O(), ld, s.N);
     project_backward(a, columns, ld, staged.dqkv, scratch.z, panels.dz, scratch, partials);
     if (!needs_z(a)) return;
     for (int64_t i = 0; i < images; ++i) {
@@ -542,7 +539,7 @@ struct ShsaBackward {
       const Panels panels = workspace.block(s, image, block);
       const Staged staged = workspace.staged(a, image * blocks(s) + block);
       if (a.batch_norm.mean) through_batch_norm(a, n, kBlockLd, staged, workspace);
-      clear_columns(staged.dqkv, s.O(), kBlockLd, n, round_up(n, kColumnStep<T, VB>));
+      clear_columns<VB>(staged.dqkv, s.O(), kBlockLd, n);
       if (a.dqkv_weight || a.norm_weight) load_z(a, image, token, n, kBlockLd, scratch.normal, scratch.z);
       project_backward(a, n, kBlockLd, staged.dqkv, scratch.z, panels.dz, scratch, partials);
       if (needs_z(a) && a.norm_weight)

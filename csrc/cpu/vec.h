@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #define SHVIT_INLINE inline __attribute__((always_inline))
 #define SHVIT_INLINE_LAMBDA __attribute__((always_inline))
@@ -146,6 +147,29 @@ SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
   store(p, half);
 }
 
+// The first n lanes of a row in storage, widened; zeros behind them.
+template <int VB, class S>
+SHVIT_INLINE auto load_wide_some(const S* p, int64_t n) {
+  using T = typename ComputeOf<S>::type;
+  if constexpr (sizeof(S) == sizeof(float)) {
+    return load_some<VB>(p, n);
+  } else {
+    T lanes[kLanes<T, VB>] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
+    return load<Vec<T, VB>>(lanes);
+  }
+}
+
+// The first n lanes; zeros in place of the others, whatever they are.
+template <class V>
+SHVIT_INLINE V keep_lanes(V v, int64_t n) {
+  using Mask = decltype(v < v);
+  constexpr int kCount = sizeof(V) / sizeof(v[0]);
+  Mask index{};
+  for (int i = 0; i < kCount; ++i) index[i] = i;
+  return Mask{} + static_cast<__typeof__(+index[0])>(n) > index ? v : V{};
+}
+
 template <class V>
 SHVIT_INLINE V max0(V v) {
   return v < 0 ? V{} : v;  // keeps NaN
@@ -160,10 +184,20 @@ SHVIT_INLINE V vmax(V a, V b) {
 template <class T, int VB>
 struct Halves {
   Vec<T, VB / 2> low, high;
+#if __has_builtin(__builtin_shufflevector)
+  explicit SHVIT_INLINE Halves(Vec<T, VB> v) : Halves(v, std::make_integer_sequence<int, kHalf>()) {}
+
+ private:
+  static constexpr int kHalf = kLanes<T, VB> / 2;
+  template <int... I>
+  SHVIT_INLINE Halves(Vec<T, VB> v, std::integer_sequence<int, I...>)
+      : low(__builtin_shufflevector(v, v, I...)), high(__builtin_shufflevector(v, v, (I + kHalf)...)) {}
+#else  // GCC before 12, which then keeps the vector in memory, and a sum on its way into it
   explicit SHVIT_INLINE Halves(Vec<T, VB> v) {
     __builtin_memcpy(&low, &v, VB / 2);
     __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + VB / 2, VB / 2);
   }
+#endif
 };
 
 // Sums of each lane in double precision.

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <utility>
 
 #define SHVIT_REGISTER_BYTES (32 * 64)
 #define SHVIT_LANE_MASKS 1

@@ -1,5 +1,6 @@
 // baseline: 128-bit vectors, on any processor.
 #include <cstdint>
+#include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 16)
 
