@@ -96,14 +96,17 @@ struct SumFinish {
   }
 };
 
-// A[M, K] times rows [K, columns] that are whole panels long, packed on the way.
+// A[M, K] times rows [K, columns], which are read where they are, up to a whole vector.
 template <class T, int VB, class Finish>
 __attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
-                                                  const T* rows, int64_t ld, T* packed, Finish finish) {
-  T* to = packed;
-  for (int64_t n = 0; n < columns; n += kPanel)
-    for (int64_t k = 0; k < K; ++k, to += kPanel) __builtin_memcpy(to, rows + k * ld + n, kPanel * sizeof(T));
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, K, WholeRows<T>{a, K}, packed, 0, columns, finish);
+                                                  const T* rows, int64_t ld, Finish finish) {
+  constexpr int64_t W = kLanes<T, VB>;
+  constexpr int MR = kTileRows<VB, true>;
+  const WholeRows<T> whole{a, K};
+  int64_t n = 0;
+  for (; columns - n > W; n += 2 * W)
+    gemm_column<T, VB, 2, MR>(M, whole, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
+  if (n < columns) gemm_column<T, VB, 1, MR>(M, whole, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
 }
 
 // From one channel to the next, in a block of tokens side by side.
@@ -264,12 +267,12 @@ struct MixerTrainForward {
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
 
   struct Scratch {
-    T *y, *packed, *sums;  // of a block: rows of channels, or channels of tokens, then p, and packed; [3, C]
+    T *y, *p, *sums;  // of a block: rows of channels, or channels of tokens and their projection; [3, C]
     Scratch(Bump& bump, const Params& a) {
       const Sizes& s = sizes(a);
       const bool by_channel = !a.attention.channels_last;
       y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows() * ld(a));
-      packed = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
+      p = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
       sums = bump.take<T>(3 * s.C);
     }
   };
@@ -340,9 +343,9 @@ struct MixerTrainForward {
       const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
       for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * distance, block.n, Relu{});
     }
-    T* rows = scratch.y;  // p takes the place of y
-    product_of_columns<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, rows,
-                              distance, scratch.packed, RowsFinish<T>{rows, block.rows(), distance});
+    T* rows = scratch.p;
+    product_of_columns<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
+                              distance, RowsFinish<T>{rows, block.rows(), distance});
     measure_rows<VB>(workspace.channels, task, rows, block.rows(), distance);
     for (int64_t i = 0; i < block.images; ++i) {
       T* projected = image_of(a, a.projected, block.image + i, block.token).data;
@@ -509,8 +512,8 @@ struct MixerTrainBackward {
         plan.tasks[kAttention + phase] = attention.tasks[phase];
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
     Bump rows(nullptr), sums(nullptr);
-    rows.take<T>(2 * block_values(a));  // dy, and dp packed
-    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a) + kPiece * round_up(s.C, kPanel));
+    rows.take<T>(block_values(a));  // dy
+    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a));
     plan.scratch_bytes =
         max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
@@ -650,7 +653,7 @@ struct MixerTrainBackward {
     if (!needs_attention(a)) return;
     if (by_channel) {
       product_of_columns<T, VB>(s.C, block.rows(), s.C, {workspace.packed, s.C, 1}, dp, distance(a),
-                                dy + block_values(a), RowsFinish<T>{dy, block.rows(), distance(a)});
+                                RowsFinish<T>{dy, block.rows(), distance(a)});
     } else {
       product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
     }
@@ -734,7 +737,6 @@ struct MixerTrainBackward {
                                            : MatrixView<T>{dp + first * distance(a) + token, distance(a), 1};
         product_of_columns<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
                                   workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a),
-                                  sums + most_weights(s) * sum_ld(a),
                                   SumFinish<T>{sums, sum_ld(a), block == 0 && piece == 0});
       }
     }
