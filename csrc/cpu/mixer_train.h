@@ -15,31 +15,33 @@
 
 namespace {
 
-// Blocks of tokens: some short images, or a part of a long one. Each has partial sums of its own. Rows of
-// channels stay in the second-level cache; tokens side by side fill whole vectors better when there are more of
-// them.
+// Blocks of the tokens of all images, one after another. Each has partial sums of its own. Rows of channels
+// stay in the second-level cache; tokens side by side fill whole vectors better when there are more of them.
 struct RowBlocks {
   static constexpr int64_t kFewestRows = 64;
-  int64_t B, N, images, parts, count;  // images of a block, or blocks of an image; blocks
+  int64_t N, tokens, most_rows, count;  // tokens of an image, of all; rows of a block, but for the last; blocks
 
-  RowBlocks(const Sizes& s, bool channels_last) : B(s.B), N(s.N), images(1) {
+  RowBlocks(const Sizes& s, bool channels_last) : N(s.N), tokens(s.B * s.N) {
     const int64_t most = channels_last ? 128 : 256, enough = channels_last ? 8 : 4;  // for some threads
-    parts = ceil_div(N, most);
-    if (parts == 1) images = max64(max64(kFewestRows, min64(most, B * N / enough)) / N, 1);
-    count = parts == 1 ? ceil_div(B, images) : B * parts;
+    most_rows = round_up(max64(kFewestRows, min64(most, ceil_div(tokens, enough))), 2 * kPanel);
+    count = ceil_div(tokens, most_rows);
   }
-  int64_t most_rows() const { return images * ceil_div(N, parts); }
+  int64_t first_row(int64_t block) const { return block * most_rows; }
+  int64_t rows(int64_t block) const { return min64(most_rows, tokens - first_row(block)); }
 
-  struct Block {
-    int64_t image, images, token, n;  // n tokens of each image
-    int64_t rows() const { return images * n; }
+  // What a block has of an image: n tokens from `token` on, from its row `row` on.
+  struct Piece {
+    int64_t image, token, n, row;
   };
-  Block block(int64_t i) const {
-    const Parts tokens{N, parts};
-    if (parts == 1) return {i * images, min64(images, B - i * images), 0, N};
-    return {i / parts, 1, tokens.begin(i % parts), tokens.end(i % parts) - tokens.begin(i % parts)};
+  template <class F>
+  SHVIT_INLINE void pieces(int64_t block, F f) const {
+    const int64_t first = first_row(block), end = first + rows(block);
+    for (int64_t at = first; at < end;) {
+      const int64_t token = at % N, n = min64(N - token, end - at);
+      f(Piece{at / N, token, n, at - first});
+      at += n;
+    }
   }
-  int64_t first_row(int64_t i) const { return block(i).image * N + block(i).token; }
 };
 
 // Rows an odd number of cache lines apart, so that columns do not share cache sets.
@@ -112,7 +114,7 @@ __attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, in
 // From one channel to the next, in a block of tokens side by side.
 template <class T, int VB>
 SHVIT_INLINE int64_t block_distance(const Sizes& s) {
-  return row_distance<T>(round_up(RowBlocks(s, false).most_rows(), kPanel));
+  return row_distance<T>(RowBlocks(s, false).most_rows);
 }
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
@@ -271,7 +273,7 @@ struct MixerTrainForward {
     Scratch(Bump& bump, const Params& a) {
       const Sizes& s = sizes(a);
       const bool by_channel = !a.attention.channels_last;
-      y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows() * ld(a));
+      y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows * ld(a));
       p = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
       sums = bump.take<T>(3 * s.C);
     }
@@ -318,40 +320,37 @@ struct MixerTrainForward {
   static void project_rows(const Params& a, int64_t task, const Scratch& scratch, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const auto block = blocks.block(task);
-    const int64_t first = blocks.first_row(task);
-    for (int64_t i = 0; i < block.images; ++i)
-      rest_rows<VB>(Attention::x(a.attention, block.image + i).at(s.P, block.token), s.C - s.P, block.n,
-                    scratch.y + i * block.n * ld(a) + s.P, ld(a));
-    for (int64_t t = 0; t < block.rows(); ++t)
+    const int64_t first = blocks.first_row(task), rows = blocks.rows(task);
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      rest_rows<VB>(Attention::x(a.attention, piece.image).at(s.P, piece.token), s.C - s.P, piece.n,
+                    scratch.y + piece.row * ld(a) + s.P, ld(a));
+    });
+    for (int64_t t = 0; t < rows; ++t)
       map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(block.rows(), s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
-    measure_columns<VB>(workspace.channels, task, projected, block.rows(), s.C, scratch.sums);
+    product_of_rows<T, VB>(rows, s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
+    measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
   static void project_channels(const Params& a, int64_t task, const Scratch& scratch,
                                const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const auto block = blocks.block(task);
-    const int64_t distance = block_distance<T, VB>(s);
-    for (int64_t i = 0; i < block.images; ++i) {
-      T* y = scratch.y + i * block.n;
-      const T* attended = workspace.attended + (blocks.first_row(task) + i * block.n) * s.P;
-      transpose(attended, s.P, block.n, s.P, y, distance);
-      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
-      for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * distance, block.n, Relu{});
-    }
-    T* rows = scratch.p;
-    product_of_columns<T, VB>(s.C, block.rows(), s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
-                              distance, RowsFinish<T>{rows, block.rows(), distance});
-    measure_rows<VB>(workspace.channels, task, rows, block.rows(), distance);
-    for (int64_t i = 0; i < block.images; ++i) {
-      T* projected = image_of(a, a.projected, block.image + i, block.token).data;
+    const int64_t tokens = blocks.rows(task), distance = block_distance<T, VB>(s);
+    transpose(workspace.attended + blocks.first_row(task) * s.P, s.P, tokens, s.P, scratch.y, distance);
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      const auto x = Attention::x(a.attention, piece.image).at(0, piece.token);
+      for (int64_t c = s.P; c < s.C; ++c)
+        map_row<VB>(x.data + c * s.N, scratch.y + c * distance + piece.row, piece.n, Relu{});
+    });
+    product_of_columns<T, VB>(s.C, tokens, s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
+                              distance, RowsFinish<T>{scratch.p, tokens, distance});
+    measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      T* projected = image_of(a, a.projected, piece.image, piece.token).data;
       for (int64_t c = 0; c < s.C; ++c)
-        map_row<VB>(rows + c * distance + i * block.n, projected + c * s.N, block.n, Identity{});
-    }
+        map_row<VB>(scratch.p + c * distance + piece.row, projected + c * s.N, piece.n, Identity{});
+    });
   }
 
   static void finish_statistics(const Params& a, const Workspace& workspace) {
@@ -359,8 +358,7 @@ struct MixerTrainForward {
     const RowBlocks blocks = blocks_of(a);
     T *mean = static_cast<T*>(a.proj_norm.mean), *variance = static_cast<T*>(a.proj_norm.variance);
     if (blocks.count > 0)
-      merge_channels(workspace.channels, blocks.count,
-                     [&](int64_t block) { return blocks.block(block).rows(); });
+      merge_channels(workspace.channels, blocks.count, [&](int64_t block) { return blocks.rows(block); });
     for (int64_t c = 0; c < s.C; ++c) {
       mean[c] = s.B > 0 ? static_cast<T>(workspace.channels.mean(0)[c]) : T(0);
       variance[c] =
@@ -376,14 +374,13 @@ struct MixerTrainForward {
 
   static void normalise_block(const Params& a, int64_t task, const Workspace& workspace) {
     const Sizes& s = sizes(a);
-    const auto block = blocks_of(a).block(task);
     const T *mean = static_cast<const T*>(a.proj_norm.mean), *beta = static_cast<const T*>(a.proj_norm.bias);
-    for (int64_t i = 0; i < block.images; ++i) {
-      const auto x = Attention::x(a.attention, block.image + i).at(0, block.token);
-      const auto p = image_of(a, a.projected, block.image + i, block.token);
-      const auto out = image_of(a, a.out, block.image + i, block.token);
+    blocks_of(a).pieces(task, [&](const RowBlocks::Piece& piece) {
+      const auto x = Attention::x(a.attention, piece.image).at(0, piece.token);
+      const auto p = image_of(a, a.projected, piece.image, piece.token);
+      const auto out = image_of(a, a.out, piece.image, piece.token);
       if (a.attention.channels_last) {
-        for (int64_t t = 0; t < block.n; ++t) {
+        for (int64_t t = 0; t < piece.n; ++t) {
           const T *from = p.data + t * s.C, *more = x.data + t * s.C;
           make_row<VB>(out.data + t * s.C, s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
             auto v = (load_as(from + c, lane) - load_as(mean + c, lane)) * load_as(workspace.factor + c, lane);
@@ -391,17 +388,17 @@ struct MixerTrainForward {
             return a.residual ? load_as(more + c, lane) + v : v;
           });
         }
-        continue;
+        return;
       }
       for (int64_t c = 0; c < s.C; ++c) {
         const T *from = p.data + c * s.N, *more = x.data + c * s.N;
         const T centre = mean[c], factor = workspace.factor[c], offset = beta ? beta[c] : T(0);
-        make_row<VB>(out.data + c * s.N, block.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+        make_row<VB>(out.data + c * s.N, piece.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
           const auto v = (load_as(from + t, lane) - centre) * factor + offset;
           return a.residual ? load_as(more + t, lane) + v : v;
         });
       }
-    }
+    });
   }
 };
 
@@ -467,7 +464,7 @@ struct MixerTrainBackward {
     return a.attention.channels_last ? ld(a) : block_distance<T, VB>(sizes(a));
   }
   static int64_t block_values(const Params& a) {
-    return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows() : sizes(a).C);
+    return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows : sizes(a).C);
   }
 
   // Rows of dW are summed by one task each.
@@ -556,17 +553,17 @@ struct MixerTrainBackward {
   static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const auto block = blocks.block(task);
     double* dbeta = workspace.partials + task * 2 * s.C;
     if (a.attention.channels_last) {
       const int64_t first = blocks.first_row(task) * s.C;
-      sum_columns(a, typed(a.dout) + first, typed(a.projected) + first, block.rows(), sums, dbeta);
+      sum_columns(a, typed(a.dout) + first, typed(a.projected) + first, blocks.rows(task), sums, dbeta);
       return;
     }
     for (int64_t i = 0; i < 2 * s.C; ++i) dbeta[i] = 0;
-    for (int64_t i = 0; i < block.images; ++i)
-      sum_channels(a, channels_of(a, a.dout, block.image + i, 0, block.token).data,
-                   channels_of(a, a.projected, block.image + i, 0, block.token).data, block.n, dbeta);
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      sum_channels(a, channels_of(a, a.dout, piece.image, 0, piece.token).data,
+                   channels_of(a, a.projected, piece.image, 0, piece.token).data, piece.n, dbeta);
+    });
   }
 
   // Of an image in NCHW order.
@@ -636,38 +633,31 @@ struct MixerTrainBackward {
   static void project_block(const Params& a, int64_t task, T* dy, const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const auto block = blocks.block(task);
-    const int64_t first = blocks.first_row(task);
+    const int64_t first = blocks.first_row(task), tokens = blocks.rows(task);
     const bool by_channel = !a.attention.channels_last;
-    // From one image to the next, and from one channel to the next, in a block.
-    const int64_t image_step = by_channel ? block.n : block.n * ld(a),
-                  channel_step = by_channel ? distance(a) : 1;
+    // From one token to the next, and from one channel to the next, in a block.
+    const int64_t token_step = by_channel ? 1 : ld(a), channel_step = by_channel ? distance(a) : 1;
     T* dp = workspace.dp + task * block_values(a);
-    for (int64_t i = 0; i < block.images; ++i) {
-      const int64_t image = block.image + i;
-      through_norm(a, image, block.token, block.n, dp + i * image_step, workspace);
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      through_norm(a, piece.image, piece.token, piece.n, dp + piece.row * token_step, workspace);
       if (a.dproj_weight)
-        rest_rows<VB>(channels_of(a, a.attention.x1, image, s.P, block.token), s.C - s.P, block.n,
-                      workspace.y + (first + i * block.n) * ld(a) + s.P, ld(a));
-    }
+        rest_rows<VB>(channels_of(a, a.attention.x1, piece.image, s.P, piece.token), s.C - s.P, piece.n,
+                      workspace.y + (first + piece.row) * ld(a) + s.P, ld(a));
+    });
     if (!needs_attention(a)) return;
+    T* dattended = workspace.dattended + first * s.P;
     if (by_channel) {
-      product_of_columns<T, VB>(s.C, block.rows(), s.C, {workspace.packed, s.C, 1}, dp, distance(a),
-                                RowsFinish<T>{dy, block.rows(), distance(a)});
+      product_of_columns<T, VB>(s.C, tokens, s.C, {workspace.packed, s.C, 1}, dp, distance(a),
+                                RowsFinish<T>{dy, tokens, distance(a)});
+      transpose(dy, distance(a), s.P, tokens, dattended, s.P);
     } else {
-      product_of_rows<T, VB>(block.rows(), s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+      product_of_rows<T, VB>(tokens, s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+      for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
     }
-    for (int64_t i = 0; i < block.images; ++i) {
-      const T* from = dy + i * image_step;
-      T* dattended = workspace.dattended + (first + i * block.n) * s.P;
-      if (by_channel) {
-        transpose(from, distance(a), s.P, block.n, dattended, s.P);
-      } else {
-        for (int64_t t = 0; t < block.n; ++t)
-          map_row<VB>(from + t * ld(a), dattended + t * s.P, s.P, Identity{});
-      }
-      if (a.attention.dx) store_rest(a, block.image + i, block.token, block.n, from + s.P * channel_step);
-    }
+    if (!a.attention.dx) return;
+    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
+      store_rest(a, piece.image, piece.token, piece.n, dy + piece.row * token_step + s.P * channel_step);
+    });
   }
 
   // dp of n tokens of an image.
@@ -727,7 +717,7 @@ struct MixerTrainBackward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
     for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t tokens = blocks.block(block).rows();
+      const int64_t tokens = blocks.rows(block);
       const Parts pieces{tokens, ceil_div(tokens, kPiece)};
       for (int64_t piece = 0; piece < pieces.parts; ++piece) {
         const int64_t token = pieces.begin(piece);

@@ -17,8 +17,9 @@ PYTEST += ["--import-mode=append", "--capture=sys"]  # what a sanitizer writes b
 TESTS = [
     *(f"tests/test_{name}.py" for name in ("sanitized", "fused_operators", "fuzz")),
     *(f"tests/test_{name}.py" for name in ("shsa", "shsa_eval", "shsa_train", "mixer_train", "partial_moments")),
+    "tests/test_running_statistics.py",
     "tests/test_operators.py::test_python_threads_at_once",
-    "-k=not N4096 and not N1050",  # 257 tokens are long images too
+    "-k=not N4096 and not N1050 and not triton and not hosted",  # 257 tokens are long images too
 ]
 
 
