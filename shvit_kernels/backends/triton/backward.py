@@ -44,7 +44,7 @@ PROJECTION_TOKENS = 64
 """Rows of a tile whose gradient goes through the projection."""
 MOST_WHOLE = 128
 """Columns of the projection's gradient up to which a program keeps all."""
-PARTS = 64
+PARTS = 32
 """Parts of the weight's gradient, at most."""
 
 
@@ -641,6 +641,7 @@ def gradients(
             steps = triton.cdiv(tiles.count, PARTS)
             rows = 32  # with larger tiles some devices run out of registers
             columns, inner = (16, 16) if x1.dtype == torch.float32 else (32, 64)
+            block = columns if tiles.blocks == 1 else 16
             is_whole = x1.dtype != torch.float32 and O <= MOST_WHOLE
             warps = 4 if x1.dtype != torch.float32 and tiles.blocks == 1 else 8  # for want of registers
             if dweight is not None:
@@ -656,7 +657,7 @@ def gradients(
                     x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
-                    BP=16, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
+                    BP=block, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
                     STAGE=stage, PROJ=precision(settings.tf32_proj), num_warps=warps, num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
