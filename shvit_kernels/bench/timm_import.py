@@ -2,18 +2,14 @@
 
 import torch
 
-_library = torch.library.Library("torchvision", "FRAGMENT")
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # torchvision registers fake kernels for these when it is imported, which needs their schemas.
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-
-def _declare(schema: str) -> None:
-    if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-        _library.define(schema)
-
-
-# torchvision registers fake kernels for these when it is imported, which needs their schemas.
-_declare("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_declare("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import timm  # noqa: E402
+import timm
 
 __all__ = ["timm"]

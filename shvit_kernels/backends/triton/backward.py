@@ -44,7 +44,7 @@ PROJECTION_TOKENS = 64
 """Rows of a tile whose gradient goes through the projection."""
 MOST_WHOLE = 128
 """Columns of the projection's gradient up to which a program keeps all."""
-PARTS = 64
+PARTS = 32
 """Parts of the weight's gradient, at most."""
 
 
@@ -579,8 +579,7 @@ def _attention_gradient(
     _attend_long[(B * tiles.blocks, 2 + triton.cdiv(P, columns))](
         hats, dout, delta, row_max, row_sum, bn.weight, bn.bias, dqkv, sums, settings.scale, P, D, N, ld, dout_ld,
         tiles.blocks, TOKENS=tiles.pitch, DP=padded(D), BP=columns, ONE_BLOCK=tiles.blocks == 1,
-        BATCH_NORM=batch_norm is not None, ATTN=attn,
-        num_warps=8 if x1.dtype == torch.float32 or D > 32 else 4, num_stages=1,
+        BATCH_NORM=batch_norm is not None, ATTN=attn, num_warps=8, num_stages=1,
     )  # fmt: skip
     return AttentionGradient(dqkv, hats, sums)
 
@@ -640,7 +639,9 @@ def gradients(
             dweight_parts = None
             weight_programs = 0
             steps = triton.cdiv(tiles.count, PARTS)
-            rows, columns, inner = (32, 16, 16) if x1.dtype == torch.float32 else (64, 32, 64)
+            rows = 32  # with larger tiles some devices run out of registers
+            columns, inner = (16, 16) if x1.dtype == torch.float32 else (32, 64)
+            block = columns if tiles.blocks == 1 else 16
             is_whole = x1.dtype != torch.float32 and O <= MOST_WHOLE
             warps = 4 if x1.dtype != torch.float32 and tiles.blocks == 1 else 8  # for want of registers
             if dweight is not None:
@@ -656,7 +657,7 @@ def gradients(
                     x1, dx, saved.mean, saved.rstd, *norm, weight, dweight_parts, plan.tile_sums, plan.dnorm_parts,
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
-                    BP=columns, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
+                    BP=block, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
                     STAGE=stage, PROJ=precision(settings.tf32_proj), num_warps=warps, num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None

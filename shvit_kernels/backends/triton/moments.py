@@ -348,7 +348,7 @@ def partial_moments_backward(
                 dmean, dcov, x1, dx, mean, image_mean, image_rstd, norm_weight, norm_bias, plan.tile_sums,
                 plan.dnorm_parts, float(B * N), B, channels, P, N, tiles.blocks,
                 X1_LAST=channels_last(x1), DX_LAST=dx is not None and channels_last(dx), IMAGES=tiles.images,
-                PITCH=tiles.pitch, BP=CHANNELS, BK=16, STAGE=stage, num_warps=8, num_stages=1,
+                PITCH=tiles.pitch, BP=CHANNELS, BK=32, STAGE=stage, num_warps=8, num_stages=1,
             )  # fmt: skip
         reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias)
     return tuple(t if t is not None else x1.new_empty(0) for t in (dx, dnorm_weight, dnorm_bias))

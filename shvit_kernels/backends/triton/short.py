@@ -28,7 +28,7 @@ def attend_short(
         within = (images < B)[:, None, None] & (tokens < N)[None, :, None]
         dtype = x.dtype.element_ty
 
-        # Everything that main memory or L2 must send is asked for before anything waits.
+        # x and the weight are asked for before anything waits; the vectors later, for want of registers.
         x0 = load_tokens(x, images, tokens, 0, N, C, P, P0, LAST, within).to(tl.float32)
         x1 = x0
         if P1 > 0:
@@ -39,8 +39,6 @@ def attend_short(
         wq0, wq1 = weight_tiles(weight, q_rows, D, P, P0, P1)
         wk0, wk1 = weight_tiles(weight, k_rows, 2 * D, P, P0, P1)
         wv00, wv01 = weight_tiles(weight, v0_rows, 2 * D + P, P, P0, P1)
-        q_factor, q_offset = affine(q_rows, D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
-        k_factor, k_offset = affine(k_rows, 2 * D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         if P1 > 0:
             v1_rows = 2 * D + P0 + tl.arange(0, P1)
             wv10, wv11 = weight_tiles(weight, v1_rows, 2 * D + P, P, P0, P1)
@@ -69,17 +67,20 @@ def attend_short(
         if P1 > 0:
             z1 = x1.to(dtype).reshape(IMAGES * NP, P1)
 
+        q_factor, q_offset = affine(q_rows, D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
+        k_factor, k_offset = affine(k_rows, 2 * D, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         v0_factor, v0_offset = affine(v0_rows, 2 * D + P, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
         if P1 > 0:
             v1_factor, v1_offset = affine(v1_rows, 2 * D + P, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps)
+        # v comes first because its weights take most registers.
         # The rows of v beyond the last token meet probabilities of 0, so they must not be NaN or infinite.
-        q = project(z0, z1, wq0, wq1, q_factor, q_offset, P1, PROJ).to(dtype)
-        k = project(z0, z1, wk0, wk1, k_factor, k_offset, P1, PROJ).to(dtype)
         own = within.reshape(IMAGES * NP, 1)
         v0 = tl.where(own, project(z0, z1, wv00, wv01, v0_factor, v0_offset, P1, PROJ), 0.0).to(dtype)
         v1 = v0
         if P1 > 0:
             v1 = tl.where(own, project(z0, z1, wv10, wv11, v1_factor, v1_offset, P1, PROJ), 0.0).to(dtype)
+        q = project(z0, z1, wq0, wq1, q_factor, q_offset, P1, PROJ).to(dtype)
+        k = project(z0, z1, wk0, wk1, k_factor, k_offset, P1, PROJ).to(dtype)
 
         # One image: products of matrices, which Hopper has special instructions for. Several: one product per image.
         KEYS: tl.constexpr = 1 if IMAGES == 1 else 2  # the axis of the keys in the logits

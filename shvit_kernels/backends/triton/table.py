@@ -65,9 +65,10 @@ def tiled(P: int, N: int, itemsize: int) -> Tiled:
     elif N <= 16:
         rule = Tiled(queries=16, keys=16, channels=16, warps=8, stages=1, copied=8192)
     elif P <= 80:
-        rule = Tiled(queries=64, keys=64 if itemsize == 2 else 32, channels=16, warps=8, stages=1, copied=8192)
+        keys = 64 if itemsize == 2 else 32 if N > 256 else 16
+        rule = Tiled(queries=64, keys=keys, channels=16, warps=8, stages=1, copied=8192)
     else:
-        rule = Tiled(queries=32, keys=32 if itemsize == 2 else 16, channels=16, warps=8, stages=1, copied=8192)
+        rule = Tiled(queries=32, keys=16, channels=16, warps=8, stages=1, copied=8192)
     return MEASURED["tiled"].get((P, N, itemsize), rule)
 
 

@@ -148,7 +148,7 @@ def _statistics(
         _merge_projection[(triton.cdiv(O, MERGED),)](
             x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, z_mean, z_cov, B, P, N, O,
             tiles.blocks, tiles.count, float(B * N), HAS_NORM=norm_weight is not None, BO=MERGED, BT=64, BK=32,
-            FILLED=1024, **geometry,
+            FILLED=1024, num_warps=8, **geometry,
         )  # fmt: skip
     return x1, mean, rstd, *statistics
 
