@@ -743,3 +743,18 @@ def test_layer_is_the_operator_and_a_projection():
     )
     assert_close({"y": ours.proj[1](y).detach()}, {"y": ours(features()).detach()})
     assert torch.equal(F.relu(y), y)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_tensors_in_place_of_parameters(training):
+    """As in the replicas of ``torch.nn.DataParallel``, which keeps them among the attributes."""
+    layer = randomise(SHSA(20, 3, 7), seed=1).train(training)
+    x = torch.randn(2, 20, 3, 3)
+    expected = layer(x).detach()
+    for module in layer.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                setattr(module, name, parameter.detach())
+    assert not list(layer.parameters())
+    torch.testing.assert_close(layer(x), expected)
