@@ -315,16 +315,14 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _run_backward(function: str, operator: Callable, needs: tuple[bool, ...], *arguments) -> tuple[Tensor | None, ...]:
-    """The gradients of ``function``; None for those that are not needed."""
+def _gradients(ctx, function: str, operator: Callable, *arguments) -> tuple[Tensor | None, ...]:
+    """Run the backward operator of ``function``: None for the settings and for the inputs that need no gradient."""
+    needs = ctx.needs_input_grad[1:]
     results = operator(*arguments, list(needs))
     results = tuple(g if need else None for g, need in zip(results, needs, strict=True))
-    return _Once.apply(f"shvit_kernels.{function}", *results) if torch.is_grad_enabled() else results
-
-
-def _gradients(ctx, function: str, operator: Callable, *arguments):
-    """Run a backward operator for the inputs behind the settings."""
-    return None, *_run_backward(function, operator, ctx.needs_input_grad[1:], *arguments)
+    if torch.is_grad_enabled():
+        results = _Once.apply(f"shvit_kernels.{function}", *results)
+    return None, *results
 
 
 # Each call takes microseconds: a separate setup_context would cost more than a small layer's kernel, and every argument

@@ -68,8 +68,7 @@ def test_parameters_of_another_size_are_refused(arguments, rows, name):
     tried = [(i, parameter) for i, parameter in enumerate(names) if parameter in PARAMETERS]
     assert tried
     for i, parameter in tried:
-        good = given[i]
-        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:]) if good.dim() else good.new_ones(1 + rows)
+        wrong = given[i].new_ones(given[i].shape[0] + rows, *given[i].shape[1:])
         message = f"{parameter} must have {given[i].numel()} values, got {wrong.numel()}"
         with pytest.raises(RuntimeError, match=message):
             arguments.operators[name](*given[:i], wrong, *given[i + 1 :])

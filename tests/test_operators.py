@@ -86,7 +86,7 @@ def test_parameters_of_another_size_are_refused(rows, name):
     assert tried
     for i, parameter in tried:
         good = arguments[i]
-        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:]) if good.dim() else good.new_ones(1 + rows)
+        wrong = good.new_ones(good.shape[0] + rows, *good.shape[1:])
         message = f"{parameter} must have {good.numel()} values, got {wrong.numel()}"
         with pytest.raises(RuntimeError, match=message):
             NATIVE[name](*arguments[:i], wrong, *arguments[i + 1 :])

@@ -204,8 +204,7 @@ SHVIT_INLINE void load_panel(ImageView<const S> x, int64_t P, int64_t n, T* pane
       over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
         constexpr int kBytes = sizeof(lanes);
         const bool whole = n - t >= kLanes<T, kBytes>;
-        store(panel + p * ld + t,
-              whole ? load_wide<kBytes>(from + t) : load_wide_some<kBytes>(from + t, n - t));
+        store(panel + p * ld + t, whole ? load_wide<kBytes>(from + t) : load_some<kBytes>(from + t, n - t));
       });
     }
   } else {

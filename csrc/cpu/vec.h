@@ -82,12 +82,6 @@ SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
 }
 #else
 template <int VB>
-SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
-  float lanes[kLanes<float, VB>] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
-  return load<Vec<float, VB>>(lanes);
-}
-template <int VB>
 SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
   float lanes[kLanes<float, VB>];
   store(lanes, v);
@@ -147,17 +141,13 @@ SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
   store(p, half);
 }
 
-// The first n lanes of a row in storage, widened; zeros behind them.
+// load_some from any storage, where no instruction does it.
 template <int VB, class S>
-SHVIT_INLINE auto load_wide_some(const S* p, int64_t n) {
+SHVIT_INLINE auto load_some(const S* p, int64_t n) {
   using T = typename ComputeOf<S>::type;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    return load_some<VB>(p, n);
-  } else {
-    T lanes[kLanes<T, VB>] = {};
-    for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
-    return load<Vec<T, VB>>(lanes);
-  }
+  T lanes[kLanes<T, VB>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
+  return load<Vec<T, VB>>(lanes);
 }
 
 // The first n lanes; zeros in place of the others, whatever they are.

@@ -62,7 +62,7 @@ class Arguments:
     def update_running_statistics(self, case: Case) -> list[tuple]:
         O, dtype = 2 * case.D + case.P, ops.sum_dtype(case.dtype)
         running_mean, running_var, mean, variance = torch.rand(4, O, dtype=dtype, device=self.device)
-        batches = torch.tensor(3, device=self.device)
+        batches = torch.tensor([3], device=self.device)
         count = case.B * case.N
         return [(running_mean, running_var, batches, mean, variance, count, momentum) for momentum in (0.1, None)]
 
