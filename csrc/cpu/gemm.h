@@ -52,10 +52,23 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
                           : kRegisters<VB> >= 8  ? (Deep ? 2 : 4)
                                                  : (Deep ? 1 : 4);
 
+// Memory that is brought into the second-level cache while something is computed: `lines` of it with every
+// kRows rows of B. A burst would keep loads waiting.
+struct Ahead {
+  static constexpr int64_t kLine = 64, kRows = 4;  // bytes, rows of B
+  static constexpr int kLevel = 2;  // of __builtin_prefetch: the second-level cache
+  const char* next = nullptr;
+  int64_t bytes = 0, lines = 0;
+
+  Ahead part(int64_t i, int64_t parts) const {
+    return {next + bytes * i / parts, bytes / parts, (lines + parts - 1) / parts};
+  }
+};
+
 // NV vectors, and half a vector more with Half. The sums go to finish(first row, sums), those of half vectors
 // to finish.behind(NV vectors).
 template <class T, int VB, int MR, int NV, bool Half = false, class A, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish, Ahead ahead = {}) {
   using V = Vec<T, VB>;
   using H = Vec<T, Half ? VB / 2 : VB>;
   V acc[MR][NV] = {};
@@ -63,6 +76,9 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish)
   a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
     const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
     for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
+      if (k % Ahead::kRows == 0)
+        for (int64_t i = 0; i < ahead.lines; ++i, ahead.next += Ahead::kLine)
+          __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
       V row[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
@@ -84,21 +100,22 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish)
 // The same as a function of its own, so that nothing else takes registers from many sums.
 template <class T, int VB, int MR, int NV, class A, class Finish>
 __attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
-                                               const Finish& finish) {
-  gemm_tile<T, VB, MR, NV>(first, a, b, finish);
+                                               const Finish& finish, Ahead ahead) {
+  gemm_tile<T, VB, MR, NV>(first, a, b, finish, ahead);
 }
 
 // A tile of `rows` rows, at most MR.
 template <class T, int VB, int NV, int MR, bool Half = false, class A, class Finish>
-SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, A a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, A a, VectorsView<T> b, Finish finish,
+                               Ahead ahead = {}) {
   if constexpr (MR > 1) {
     if (rows < MR) {
-      gemm_tile_of<T, VB, NV, MR - 1, Half>(first, rows, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR - 1, Half>(first, rows, a, b, finish, ahead);
       return;
     }
   }
   if constexpr (Finish::kDeep) {
-    gemm_tile_apart<T, VB, MR, NV>(first, a, b, finish);
+    gemm_tile_apart<T, VB, MR, NV>(first, a, b, finish, ahead);
   } else {
     gemm_tile<T, VB, MR, NV, Half>(first, a, b, finish);
   }
@@ -107,13 +124,13 @@ SHVIT_INLINE void gemm_tile_of(int64_t first, int64_t rows, A a, VectorsView<T> 
 // All M rows of C in NV vectors of its columns, in tiles of at most MR rows: those of a deep product of nearly
 // equal height, as short tiles wait for their sums.
 template <class T, int VB, int NV, int MR, bool Half = false, class A, class Finish>
-SHVIT_INLINE void gemm_column(int64_t M, A a, VectorsView<T> b, Finish finish) {
+SHVIT_INLINE void gemm_column(int64_t M, A a, VectorsView<T> b, Finish finish, Ahead ahead = {}) {
   int64_t first = 0;
   if constexpr (Finish::kDeep) {
     const int64_t tiles = (M + MR - 1) / MR;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t end = M * (tile + 1) / tiles;
-      gemm_tile_of<T, VB, NV, MR>(first, end - first, a, b, finish);
+      gemm_tile_of<T, VB, NV, MR>(first, end - first, a, b, finish, ahead.part(tile, tiles));
       first = end;
     }
   } else {
@@ -213,30 +230,48 @@ struct ColumnsFrom {
   }
 };
 
-// Columns of A B, B packed with K rows, NV vectors at a time from column `n` on, while more than `rest` columns
-// are left; returns the next column.
-template <class T, int VB, int MR, int NV, class A, class Finish>
-SHVIT_INLINE int64_t packed_columns(int64_t M, int64_t K, A a, const T* packed, int64_t n, int64_t end,
-                                    int64_t rest, Finish finish) {
-  constexpr int64_t W = kLanes<T, VB>;
-  for (; end - n > rest; n += NV * W) {
-    const T* panel = packed + n / kPanel * K * kPanel + n % kPanel;
-    gemm_column<T, VB, NV, MR>(M, a, {panel, kPanel, W < kPanel ? W : K * kPanel},
-                               ColumnsFrom<Finish, W>{finish, n});
+// Packed weights [ceil(columns / 16), rows, 16]. Those that come from memory, rather than from cache, are brought
+// in as the columns before them are computed, and so is `behind`, which is read after the last of them.
+template <class T>
+struct PackedWeights {
+  const T* data;
+  int64_t rows, columns;
+  bool from_memory = false;
+  const T* behind = nullptr;
+
+  SHVIT_INLINE const T* at(int64_t column) const {
+    return data + column / kPanel * rows * kPanel + column % kPanel;
   }
+  // Of the `width` columns from `column` on.
+  SHVIT_INLINE Ahead ahead(int64_t column, int64_t width) const {
+    const T* next = column < columns ? at(column) : behind;
+    if (!from_memory || !next) return {};
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(next), rows * row_bytes, Ahead::kRows * row_bytes / Ahead::kLine};
+  }
+};
+
+// Columns of A B, NV vectors at a time from column `n` on, while more than `rest` columns are left; returns the
+// next column.
+template <class T, int VB, int MR, int NV, class A, class Finish>
+SHVIT_INLINE int64_t packed_columns(int64_t M, A a, PackedWeights<T> b, int64_t n, int64_t end, int64_t rest,
+                                    Finish finish) {
+  constexpr int64_t W = kLanes<T, VB>;
+  for (; end - n > rest; n += NV * W)
+    gemm_column<T, VB, NV, MR>(M, a, {b.at(n), kPanel, W < kPanel ? W : b.rows * kPanel},
+                               ColumnsFrom<Finish, W>{finish, n}, b.ahead(n + NV * W, NV * W));
   return n;
 }
 
-// A[M, K] B[K, N] of packed B, for its vectors of columns from `begin` to `end` (multiples of a panel or N), in
-// tiles of MR rows: finish(first row, first column, sums). Sums over K stay in one register.
+// A B, for its vectors of columns from `begin` to `end` (multiples of a panel or all), in tiles of MR rows:
+// finish(first row, first column, sums). Sums over K stay in one register.
 template <class T, int VB, int MR, class A, class Finish>
-SHVIT_INLINE void gemm_packed(int64_t M, int64_t K, A a, const T* packed, int64_t begin, int64_t end,
-                              Finish finish) {
+SHVIT_INLINE void gemm_packed(int64_t M, A a, PackedWeights<T> b, int64_t begin, int64_t end, Finish finish) {
   constexpr int64_t W = kLanes<T, VB>;
   constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
-  int64_t n = packed_columns<T, VB, MR, 2>(M, K, a, packed, begin, end, W + kHalf, finish);
-  n = packed_columns<T, VB, MR, 1>(M, K, a, packed, n, end, kHalf, finish);
-  if constexpr (kHalf > 0) packed_columns<T, VB / 2, MR, 1>(M, K, a, packed, n, end, 0, finish);
+  int64_t n = packed_columns<T, VB, MR, 2>(M, a, b, begin, end, W + kHalf, finish);
+  n = packed_columns<T, VB, MR, 1>(M, a, b, n, end, kHalf, finish);
+  if constexpr (kHalf > 0) packed_columns<T, VB / 2, MR, 1>(M, a, b, n, end, 0, finish);
 }
 
 }  // namespace

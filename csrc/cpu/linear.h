@@ -78,15 +78,15 @@ struct LinearTasks {
 
 // Rows of a product by packed weights, for a range of columns.
 template <int VB>
-__attribute__((noinline)) void linear_rows(int64_t M, int64_t K, MatrixView<float> x, const float* weight,
+__attribute__((noinline)) void linear_rows(int64_t M, MatrixView<float> x, PackedWeights<float> weight,
                                            int64_t begin, int64_t end, LinearFinish finish) {
   constexpr int W = kLanes<float, VB>, kRows = kTileRows<VB, true>;
-  const WholeRows<float> rows{x, K};
+  const WholeRows<float> rows{x, weight.rows};
   if constexpr (W == kPanel && kRows >= 12) {
     // Few rows wait for the weights, which come faster from more panels at a time.
-    if (M <= 16) begin = packed_columns<float, VB, 4, 4>(M, K, rows, weight, begin, end, 3 * W, finish);
+    if (M <= 16) begin = packed_columns<float, VB, 4, 4>(M, rows, weight, begin, end, 3 * W, finish);
   }
-  gemm_packed<float, VB, kRows>(M, K, rows, weight, begin, end, finish);
+  gemm_packed<float, VB, kRows>(M, rows, weight, begin, end, finish);
 }
 
 // y = activation(scale * x W + b); the scale is per image and input channel.
@@ -116,7 +116,7 @@ struct Pointwise {
     }
     const int64_t begin = all.first_column(task), end = all.end_column(task);
     float* y = a.y + first * a.outputs;
-    linear_rows<VB>(rows, K, {x, K, 1}, a.weight, begin, end,
+    linear_rows<VB>(rows, {x, K, 1}, {a.weight, K, a.outputs, true}, begin, end,
                     {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
     if (a.activation == Activation::kSigmoid)
       for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
@@ -158,16 +158,18 @@ struct Ffn {
 
   static void expand(const Params& a, int64_t task, float* hidden) {
     const LinearTasks all = first(a);
-    linear_rows<VB>(all.rows_of(task), a.channels, {a.x + all.first_row(task) * a.channels, a.channels, 1},
-                    a.weight1, all.first_column(task), all.end_column(task),
+    linear_rows<VB>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
+                    {a.weight1, a.channels, a.hidden, true, a.weight2}, all.first_column(task),
+                    all.end_column(task),
                     {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
   }
 
   static void contract(const Params& a, int64_t task, const float* hidden) {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
-    linear_rows<VB>(all.rows_of(task), a.hidden, {hidden, hidden_ld(a), 1}, a.weight2, all.first_column(task),
-                    all.end_column(task), {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+    linear_rows<VB>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, a.channels, true},
+                    all.first_column(task), all.end_column(task),
+                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
   }
 };
 
