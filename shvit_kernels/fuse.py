@@ -1,7 +1,9 @@
 """Whole models for inference: every block of SHViT as a few fused operators."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .accelerate import is_stock_shsa
 from .backends import eager, fused
 from .modules import is_plain
-from .ops import Kind, pack
+from .ops import Kind, flatten, pack
 
 
 class _Inference(nn.Module):
@@ -22,140 +24,97 @@ class _Inference(nn.Module):
         return super().train(False)
 
 
-class FusedLayer(_Inference):
-    """A layer of a sequence: its weights are parameters that ask for no gradient, in the order of the operator."""
+class FusedLayers(_Inference):
+    """Layers one after the other as one operator (``backends.fused.sequence``).
 
-    kind: Kind
+    Args:
+        code: four integers for each layer, its kind and its settings.
+        constants: those of all layers.
+        weights: of all layers, flattened; None if they have none. A parameter that asks for no gradient.
+    """
 
-    def __init__(self, settings: tuple[int, ...] = (), constants: tuple[float, ...] = (), **weights: Tensor):
+    def __init__(self, code: list[int], constants: list[float], weights: Tensor | None):
         super().__init__()
-        for name, value in weights.items():
-            self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
-        self.code = [int(self.kind), *map(int, settings), 0, 0, 0][:4]
-        self.constants = list(constants)
+        self.code = code
+        self.constants = constants
+        self.register_parameter("weights", weights if weights is None else nn.Parameter(weights, requires_grad=False))
         self.eval()
 
-    def weights(self) -> list[Tensor]:
-        return list(self._parameters.values())
+    @property
+    def kinds(self) -> list[Kind]:
+        return [Kind(number) for number in self.code[::4]]
+
+    def extra_repr(self) -> str:
+        return ", ".join(kind.name.lower() for kind in self.kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, [self])
+        return fused.operators(x).sequence(x, _weights([self]), self.code, self.constants)
 
 
-class FusedConv3x3(FusedLayer):
-    """3x3 convolution with stride 2, batch normalisation and ReLU."""
-
-    kind = Kind.CONV3X3
-
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
-        super().__init__((relu,), weight=pack(weight.permute(0, 2, 3, 1).flatten(1)), bias=bias)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether ``x`` is an image ``[B, C, H, W]`` of C channels for a compiled kernel."""
-        return x.dim() == 4 and 9 * x.shape[1] == self.weight.shape[1] and fused.operators(x) is fused.NATIVE
+def _layer(kind: Kind, *weights: Tensor, settings: tuple[int, ...] = (), constants: tuple[float, ...] = ()):
+    """One layer. Those of its weights that were kept in a wider type are rounded to that of its last bias."""
+    code = [int(kind), *map(int, settings), 0, 0, 0][:4]
+    flat = flatten(w.detach().to(weights[-1].dtype) for w in weights) if weights else None
+    return FusedLayers(code, list(constants), flat)
 
 
-class FusedDepthwise(FusedLayer):
-    """Depthwise 3x3 convolution with batch normalisation and the residual around it."""
-
-    kind = Kind.DEPTHWISE
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__((1, False), weight=_taps(weight), bias=bias)
-
-
-class FusedFFN(FusedLayer):
-    """``x + pw2(relu(pw1(x)))`` with batch normalisation."""
-
-    kind = Kind.FFN
-
-    def __init__(self, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor):
-        super().__init__(weight1=_packed(weight1), bias1=bias1, weight2=_packed(weight2), bias2=bias2)
-
-
-class FusedMixer(FusedLayer):
-    """``x + SHSA(x)`` with batch normalisation."""
-
-    kind = Kind.MIXER
-
-    def __init__(self, layer: nn.Module, qkv: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]):
-        norm = layer.pre_norm
-        super().__init__(
-            (layer.qk_dim,),
-            (norm.eps, layer.scale),
-            norm_weight=norm.weight.clone(),
-            norm_bias=norm.bias.clone(),
-            qkv_weight=qkv[0].flatten(1),
-            qkv_bias=qkv[1],
-            weight=_packed(proj[0]),
-            bias=proj[1],
-        )
-
-
-class FusedPatchMerging(FusedLayer):
-    """Patch merging with squeeze-and-excitation, whose gate scales the input of the last convolution."""
-
-    kind = Kind.PATCH_MERGING
-
-    def __init__(
-        self,
-        conv1: tuple[Tensor, Tensor],
-        conv2: tuple[Tensor, Tensor],
-        fc1: tuple[Tensor, Tensor],
-        fc2: tuple[Tensor, Tensor],
-        conv3: tuple[Tensor, Tensor],
-    ):
-        weights = {}
-        for name, (weight, bias) in {"conv1": conv1, "conv2": conv2, "fc1": fc1, "fc2": fc2, "conv3": conv3}.items():
-            weights[f"{name}_weight"] = _taps(weight) if name == "conv2" else _packed(weight)
-            weights[f"{name}_bias"] = bias
-        super().__init__(**weights)
-
-
-class FusedPool(FusedLayer):
-    """Means over the pixels, as an image of one pixel."""
-
-    kind = Kind.POOL
-
-
-_POOL = FusedPool()
-
-
-class FusedLinear(FusedLayer):
-    """A linear layer with batch normalisation before it."""
-
-    kind = Kind.POINTWISE
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__((False,), weight=pack(weight), bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, :, None, None]).flatten(1)
-
-
-class FusedSequence(_Inference):
-    """Layers one after the other as one operator."""
-
-    def __init__(self, *layers: FusedLayer):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.code = [number for layer in layers for number in layer.code]
-        self.constants = [value for layer in layers for value in layer.constants]
-        self.eval()
-
-    def weights(self) -> list[Tensor]:
-        return [t for layer in self.layers for t in layer._parameters.values()]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _run(x, [self])
-
-
-def _run(x: Tensor, parts: Sequence[FusedLayer | FusedSequence]) -> Tensor:
-    """Parts one after the other as one operator; their number is all that a call costs beside their arithmetic."""
-    weights = [t for part in parts for t in part.weights()]
+def _joined(parts: Sequence[FusedLayers]) -> FusedLayers:
+    """Parts one after the other as one; a single one stays what it is."""
+    if len(parts) == 1:
+        return parts[0]
     code = [number for part in parts for number in part.code]
     constants = [value for part in parts for value in part.constants]
-    return fused.operators(x).sequence(x, weights, code, constants)
+    return FusedLayers(code, constants, torch.cat([part.weights for part in parts]))
+
+
+_POOL = _layer(Kind.POOL)
+
+
+def _weights(parts: list[FusedLayers]) -> list[Tensor]:
+    return [part._parameters["weights"] for part in parts if part._parameters["weights"] is not None]
+
+
+class _Whole:
+    """A SHViT as one operator from its stem to its head, until one of ``modules`` changes, the first of which it is.
+
+    What is kept saves a call of one image 0.15 ms: nothing of it is in cache after the weights of a model.
+    """
+
+    def __init__(self, parts: list[FusedLayers], modules: list[nn.Module]):
+        self.parts = parts
+        self.code = [number for part in parts for number in part.code]
+        self.constants = [value for part in parts for value in part.constants]
+        self._dicts = [
+            attributes
+            for m in modules
+            for attributes in (
+                m.__dict__,
+                m._modules,
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        self._seen = list(self._values())
+
+    def _values(self) -> Iterator[object]:
+        return chain.from_iterable(map(dict.values, self._dicts))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the model, and its hooks, children and attributes are those that were there."""
+        return (
+            self._dicts[0] is model.__dict__
+            and sum(map(len, self._dicts)) == len(self._seen)
+            and all(map(is_, self._values(), self._seen))
+        )
+
+    def operators(self, x: Tensor) -> fused.Operators | None:
+        """The compiled kernels, if ``x`` is an image for them."""
+        if x.dim() != 4 or x.size(1) != self.code[3]:
+            return None
+        operators = fused.operators(x)
+        return operators if operators is fused.NATIVE else None
 
 
 class FusedModel(_Inference):
@@ -164,7 +123,11 @@ class FusedModel(_Inference):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self._whole: _Whole | None = None
         self.eval()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_whole": None}
 
     def __getattr__(self, name: str):
         try:
@@ -176,12 +139,14 @@ class FusedModel(_Inference):
             return getattr(model, name)
 
     def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            parts = _whole(self.model)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+            whole, model, x = self._whole, self._modules["model"], args[0]
+            if whole is None or not whole.is_of(model):
+                whole = self._whole = _whole(model)
             # What does not fit gets the error of the model itself.
-            if parts and isinstance(args[0], Tensor) and parts[0].layers[0].takes(args[0]):
-                return _run(args[0], parts).flatten(1)
-        return self.model(*args, **kwargs)
+            if whole is not None and (operators := whole.operators(x)):
+                return operators.sequence(x, _weights(whole.parts), whole.code, whole.constants)
+        return self._modules["model"](*args, **kwargs)
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -237,7 +202,11 @@ def _conv(module: nn.Module | None, kernel: int, stride: int = 1, depthwise: boo
 
 def _depthwise(module: nn.Module) -> nn.Module | None:
     conv = _conv(module, 3, depthwise=True)
-    return conv and FusedDepthwise(*conv)
+    return conv and _fused_depthwise(*conv)
+
+
+def _fused_depthwise(weight: Tensor, bias: Tensor) -> FusedLayers:
+    return _layer(Kind.DEPTHWISE, _taps(weight), bias, settings=(1, False))
 
 
 def _residual(module: nn.Module) -> nn.Module | None:
@@ -246,17 +215,24 @@ def _residual(module: nn.Module) -> nn.Module | None:
     inner = module.m
     if is_stock_shsa(inner) and inner.pre_norm.affine and all(map(is_plain, inner.modules())):
         qkv, proj = _conv(inner.qkv, 1), _conv(inner.proj[1], 1)
-        return FusedMixer(inner, qkv, proj) if qkv and proj else None
+        if not (qkv and proj):
+            return None
+        norm, pdim = inner.pre_norm, qkv[0].shape[1]
+        weights = norm.weight, norm.bias, qkv[0], qkv[1], _packed(proj[0]), proj[1]
+        return _layer(Kind.MIXER, *weights, settings=(inner.qk_dim, pdim), constants=(norm.eps, inner.scale))
     if _is(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
         convs = _conv(inner.pw1, 1), _conv(inner.pw2, 1)
-        return FusedFFN(*convs[0], *convs[1]) if all(convs) else None
+        if not all(convs):
+            return None
+        (weight1, bias1), (weight2, bias2) = convs
+        return _layer(Kind.FFN, _packed(weight1), bias1, _packed(weight2), bias2, settings=bias1.shape)
     conv = _conv(inner, 3, depthwise=True)
     if conv is None:
         return None
     weight, bias = conv
     identity = torch.zeros_like(weight)
     identity[:, :, 1, 1] = 1
-    return FusedDepthwise(weight + identity, bias)
+    return _fused_depthwise(weight + identity, bias)
 
 
 def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
@@ -278,7 +254,11 @@ def _patch_merging(module: nn.Module) -> nn.Module | None:
     gate = _squeeze_excite(module.se)
     conv2 = _conv(module.conv2, 3, 2, depthwise=True)
     convs = [_conv(module.conv1, 1), conv2, *(gate or [None]), _conv(module.conv3, 1)]
-    return FusedPatchMerging(*convs) if all(convs) else None
+    if not all(convs):
+        return None
+    weights = [t for conv in convs for t in (_taps(conv[0]) if conv is conv2 else _packed(conv[0]), conv[1])]
+    hidden, _, squeezed, _, outputs = (bias.shape[0] for _, bias in convs)
+    return _layer(Kind.PATCH_MERGING, *weights, settings=(hidden, squeezed, outputs))
 
 
 def _stem(module: nn.Module) -> nn.Module | None:
@@ -292,8 +272,11 @@ def _stem(module: nn.Module) -> nn.Module | None:
             return None
         relu = bool(rest) and _is_relu(rest[0])
         rest = rest[relu:]
-        layers.append(FusedConv3x3(*conv, relu))
-    return FusedSequence(*layers) if layers else None
+        weight, bias = conv
+        outputs, inputs = weight.shape[:2]
+        packed = pack(weight.permute(0, 2, 3, 1).flatten(1))
+        layers.append(_layer(Kind.CONV3X3, packed, bias, settings=(relu, outputs, inputs)))
+    return _joined(layers) if layers else None
 
 
 def _norm_linear(module: nn.Module) -> nn.Module | None:
@@ -311,7 +294,8 @@ def _norm_linear(module: nn.Module) -> nn.Module | None:
     if linear.bias is not None:
         bias = bias + linear.bias
     dtype = linear.weight.dtype
-    return FusedLinear((linear.weight * factor).to(dtype), bias.to(dtype))
+    weight = (linear.weight * factor).to(dtype)
+    return _layer(Kind.POINTWISE, pack(weight), bias.to(dtype), settings=(False, weight.shape[0]))
 
 
 _RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
@@ -323,12 +307,10 @@ _RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
 )
 
 
-def _layers(module: nn.Module) -> list[FusedLayer] | None:
+def _layers(module: nn.Module) -> list[FusedLayers] | None:
     """The fused layers that a module runs one after the other, none for an identity; None if it does anything else."""
-    if isinstance(module, FusedLayer):
+    if isinstance(module, FusedLayers):
         return [module]
-    if isinstance(module, FusedSequence):
-        return list(module.layers)
     if type(module) is nn.Identity and is_plain(module):
         return []
     blocks = {"BasicBlock": ("conv", "mixer", "ffn"), "StageBlock": ("downsample", "blocks")}
@@ -341,8 +323,8 @@ def _layers(module: nn.Module) -> list[FusedLayer] | None:
     return None if None in found else [layer for layers in found for layer in layers]
 
 
-def _whole(model: nn.Module) -> list[FusedLayer | FusedSequence] | None:
-    """The parts of a SHViT from the stem to the head, read at each call; None if its forward runs anything else."""
+def _whole(model: nn.Module) -> _Whole | None:
+    """A fused SHViT from the stem to the head; None if its forward runs anything else."""
     if type(model).__name__ != "SHViT":
         return None
     children = model._modules
@@ -355,13 +337,15 @@ def _whole(model: nn.Module) -> list[FusedLayer | FusedSequence] | None:
         return None
     stages = children["stages"] if names == ["stages"] else [children[name] for name in names]
     stem, head = children.get("patch_embed"), children["head"]
-    if not all(map(is_plain, (model, *children.values(), *stages))):
+    modules = [model, *children.values(), *stages]
+    if not all(map(is_plain, modules)):
         return None
-    if not all(type(part) is FusedSequence for part in (stem, *stages)) or type(stem.layers[0]) is not FusedConv3x3:
+    if not all(type(part) is FusedLayers for part in (stem, *stages)) or stem.code[0] != Kind.CONV3X3:
         return None
-    if type(head) is nn.Identity:
-        return [stem, *stages, _POOL]
-    return [stem, *stages, _POOL, head] if type(head) is FusedLinear else None
+    is_linear = type(head) is FusedLayers and head.kinds == [Kind.POINTWISE]
+    if not (is_linear or type(head) is nn.Identity):
+        return None
+    return _Whole([stem, *stages, _POOL, *([head] if is_linear else [])], modules)
 
 
 def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -375,7 +359,8 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         for name, child in children.items():
             module._modules[name] = _replace(child, done)
         layers = None if of_stages else _layers(module)  # models take the stages out of their sequence
-        replacement = FusedSequence(*layers) if layers else module
+        joined = layers and len({(part.weights.dtype, part.weights.device) for part in layers}) == 1
+        replacement = _joined(layers) if joined else module
     done[id(module)] = replacement
     return replacement
 
@@ -423,6 +408,6 @@ def fuse(model: nn.Module) -> FusedModel:
         return copy.deepcopy(model)
     model = copy.deepcopy(model).eval()
     model = _replace(model, {})
-    if not any(isinstance(module, (FusedLayer, FusedLinear)) for module in model.modules()):
+    if not any(isinstance(module, FusedLayers) for module in model.modules()):
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
     return FusedModel(model)

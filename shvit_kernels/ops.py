@@ -22,9 +22,9 @@ be that of a convolution, ``[O, P, 1, 1]`` (``proj_weight`` ``[C, C, 1, 1]``): a
 autograd.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -201,42 +201,67 @@ def _empty_rows(like: Tensor, channels: int, stride: int = 1) -> Tensor:
 class Kind(IntEnum):
     """The layers that a sequence is made of; the numbers that follow a kind are its settings."""
 
-    CONV3X3 = 0  # relu
+    CONV3X3 = 0  # relu, outputs, inputs
     DEPTHWISE = 1  # stride, relu
-    FFN = 2
-    MIXER = 3  # qk_dim; and two constants, norm_eps and scale
-    PATCH_MERGING = 4
+    FFN = 2  # hidden
+    MIXER = 3  # qk_dim, pdim; and two constants, norm_eps and scale
+    PATCH_MERGING = 4  # hidden, squeezed, outputs
     POOL = 5
-    POINTWISE = 6  # relu
+    POINTWISE = 6  # relu, outputs
 
 
-_WEIGHTS = {
-    Kind.CONV3X3: 2,
-    Kind.DEPTHWISE: 2,
-    Kind.FFN: 4,
-    Kind.MIXER: 6,
-    Kind.PATCH_MERGING: 10,
-    Kind.POOL: 0,
-    Kind.POINTWISE: 2,
-}
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Weights of layers as one tensor ``[n]``: one behind the other, each from a multiple of 16 values on."""
+    return torch.cat([F.pad(t.flatten(), (0, -t.numel() % PANEL)) for t in tensors])
 
 
-def layers_of(layers: list[int], weights: list[Tensor]) -> Iterator[tuple[Kind, tuple[int, ...], list[Tensor]]]:
-    """Each layer of a sequence: its kind, its settings and its tensors."""
-    weights = iter(weights)
-    for kind, *settings in zip(*[iter(layers)] * 4, strict=True):
-        yield Kind(kind), tuple(settings), list(islice(weights, _WEIGHTS[kind]))
+def _sizes(kind: Kind, settings: tuple[int, ...], channels: int) -> list[tuple[int, ...]]:
+    """The weights of a layer, in their order."""
+
+    def linear(outputs: int, inputs: int) -> list[tuple[int, ...]]:
+        return [(-(-outputs // PANEL), inputs, PANEL), (outputs,)]
+
+    first, second, third = settings
+    if kind == Kind.CONV3X3:
+        return linear(second, 9 * channels)
+    if kind == Kind.DEPTHWISE:
+        return [(9, channels), (channels,)]
+    if kind == Kind.FFN:
+        return linear(first, channels) + linear(channels, first)
+    if kind == Kind.MIXER:
+        outputs = 2 * first + second
+        return [(second,), (second,), (outputs, second), (outputs,), *linear(channels, channels)]
+    if kind == Kind.PATCH_MERGING:
+        squeeze_excite = linear(second, first) + linear(first, second)
+        return [*linear(first, channels), (9, first), (first,), *squeeze_excite, *linear(third, first)]
+    return linear(second, channels) if kind == Kind.POINTWISE else []
+
+
+def layers_of(
+    layers: list[int], weights: list[Tensor], channels: int
+) -> Iterator[tuple[Kind, tuple[int, ...], list[Tensor]]]:
+    """Each layer of a sequence: its kind, its settings, and its part of the flattened weights."""
+    rest, flat, at = iter(weights), None, 0
+    for number, *settings in zip(*[iter(layers)] * 4, strict=True):
+        own = []
+        for size in _sizes(Kind(number), settings, channels):
+            if flat is None or at == flat.shape[0]:
+                flat, at = next(rest), 0
+            values = math.prod(size)
+            own.append(flat.narrow(0, at, values).view(size))
+            at += values + -values % PANEL
+        channels = own[-1].shape[0] if own else channels
+        yield Kind(number), tuple(settings), own
 
 
 def _fake_sequence(x, weights, layers, constants):
     """The width is that of the last bias, and some kinds of layer halve the sides."""
-    for kind, settings, own in layers_of(layers, weights):
-        if kind == Kind.POOL:
-            x = _empty_rows(x[:, :, :1, :1], x.shape[1])
-            continue
+    rows = x.dim() == 2 or Kind.POOL in layers[::4]
+    like = x[:, :, None, None] if x.dim() == 2 else x
+    for kind, settings, own in layers_of(layers, weights, x.shape[1]):
         halves = kind in (Kind.CONV3X3, Kind.PATCH_MERGING) or (kind == Kind.DEPTHWISE and settings[0] == 2)
-        x = _empty_rows(x, own[-1].shape[0], 2 if halves else 1)
-    return x
+        like = _empty_rows(like, own[-1].shape[0] if own else like.shape[1], 2 if halves else 1)
+    return like.new_empty(like.shape[:2]) if rows else like
 
 
 _FUSED_FAKES = {

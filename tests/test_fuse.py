@@ -3,6 +3,8 @@
 import copy
 import pickle
 import warnings
+from collections import Counter
+from itertools import islice
 
 import onnxruntime
 import pytest
@@ -15,22 +17,14 @@ from shvit_kernels import SHViT, accelerate, fuse
 from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import fused
 from shvit_kernels.bench.timm_import import timm
-from shvit_kernels.fuse import (
-    FusedConv3x3,
-    FusedDepthwise,
-    FusedFFN,
-    FusedLinear,
-    FusedMixer,
-    FusedPatchMerging,
-    FusedSequence,
-)
+from shvit_kernels.fuse import FusedLayers
 from shvit_kernels.models.shvit import Residual
+from shvit_kernels.ops import Kind, flatten, layers_of
 from tests.support import native as native_tier
 from tests.support.parity import images
 
 NAMES = ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")
 SMALL = {"embed_dim": (16, 24, 40), "partial_dim": (4, 6, 9), "depth": (1, 2, 2), "num_classes": 5}
-FUSED = (FusedConv3x3, FusedDepthwise, FusedFFN, FusedLinear, FusedMixer, FusedPatchMerging)
 
 
 def small_timm(**arguments) -> nn.Module:
@@ -42,9 +36,8 @@ def small(**arguments) -> SHViT:
     return randomise(SHViT(**{**SMALL, **arguments}), seed=6).eval()
 
 
-def count(model: nn.Module) -> dict[str, int]:
-    found = [type(m).__name__ for m in model.modules() if isinstance(m, FUSED)]
-    return {name: found.count(name) for name in sorted(set(found))}
+def count(model: nn.Module) -> dict[Kind, int]:
+    return Counter(kind for m in model.modules() if isinstance(m, FusedLayers) for kind in m.kinds)
 
 
 def assert_near(result: Tensor, expected: Tensor, relative: float) -> None:
@@ -59,12 +52,12 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 ALL_OF_SMALL = {
-    "FusedConv3x3": 4,
-    "FusedDepthwise": 5 + 4,
-    "FusedFFN": 5 + 4,
-    "FusedLinear": 1,
-    "FusedMixer": 4,
-    "FusedPatchMerging": 2,
+    Kind.CONV3X3: 4,
+    Kind.DEPTHWISE: 5 + 4,
+    Kind.FFN: 5 + 4,
+    Kind.POINTWISE: 1,
+    Kind.MIXER: 4,
+    Kind.PATCH_MERGING: 2,
 }
 
 
@@ -108,7 +101,7 @@ def test_every_block_is_fused_and_exact(make, prepare):
     stock = make().double()
     fast = fuse(prepare(copy.deepcopy(stock)))
     head = 0 if type(getattr(fast.model, "head", None)) is nn.Linear else 1  # a fused head is a plain linear layer
-    assert count(fast) == {**ALL_OF_SMALL, "FusedLinear": 1} if head else count(fast).get("FusedLinear", 0) == 0
+    assert count(fast) == Counter(ALL_OF_SMALL | {Kind.POINTWISE: head})
     assert not any(isinstance(m, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)) for m in fast.modules())
     x = images(128)
     assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
@@ -116,9 +109,8 @@ def test_every_block_is_fused_and_exact(make, prepare):
 
 def test_stages_are_single_operators():
     fast = fuse(small())
-    assert type(fast.model.patch_embed) is FusedSequence
-    assert [type(stage) for stage in fast.model.stages] == [FusedSequence] * 3
-    assert [len(stage.layers) for stage in fast.model.stages] == [2, 5 + 6, 5 + 6]
+    assert fast.model.patch_embed.kinds == [Kind.CONV3X3] * 4
+    assert [len(stage.kinds) for stage in fast.model.stages] == [2, 5 + 6, 5 + 6]
 
 
 @native_tier.needs_native
@@ -128,8 +120,10 @@ def test_sequences_compute_what_their_layers_do():
     for sequence in (fast.model.patch_embed, *fast.model.stages):
         with torch.no_grad():
             whole = sequence(x)
-            for layer in sequence.layers:
-                x = layer(x)
+            constants = iter(sequence.constants)
+            for kind, settings, weights in layers_of(sequence.code, [sequence.weights], x.shape[1]):
+                own = list(islice(constants, 2 if kind == Kind.MIXER else 0))
+                x = FusedLayers([kind, *settings], own, flatten(weights))(x)
         assert torch.equal(whole, x)
 
 
@@ -161,6 +155,14 @@ def test_a_whole_model_keeps_to_its_parts():
     assert torch.equal(outputs(fast, x), before) and len(seen) == 1
     handle.remove()
     assert torch.equal(outputs(fast, x), before) and len(seen) == 1
+    fast.model.stages[2].forward = lambda y: seen.append(y.shape) or FusedLayers.forward(fast.model.stages[2], y)
+    assert torch.equal(outputs(fast, x), before) and len(seen) == 2
+    del fast.model.stages[2].forward
+    other = fuse(small(num_classes=3))
+    fast.model, model = other.model, fast.model
+    assert torch.equal(outputs(fast, x), outputs(other, x))
+    fast.model = model
+    assert torch.equal(outputs(fast, x), before) and len(seen) == 2
     fast.model.head = nn.Identity()
     pooled = outputs(fast, x)
     assert pooled.shape == (2, SMALL["embed_dim"][-1])
@@ -237,7 +239,7 @@ def official() -> nn.Module:
 def test_official_structure():
     stock = official().double()
     fast = fuse(stock)
-    assert count(fast) == {"FusedConv3x3": 2, "FusedLinear": 1, "FusedPatchMerging": 1}
+    assert count(fast) == {Kind.CONV3X3: 2, Kind.POINTWISE: 1, Kind.PATCH_MERGING: 1}
     x = images(64)
     assert_near(outputs(fast, x), outputs(stock, x), 1e-9)
 
@@ -245,7 +247,8 @@ def test_official_structure():
 def test_a_block_alone():
     block = Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval()
     fast = fuse(block)
-    assert type(fast.model) is FusedFFN
+    assert fast.model.kinds == [Kind.FFN]
+    assert str(fast.model) == "FusedLayers(ffn)"
     x = images(8, channels=16)
     assert_near(outputs(fast, x), outputs(block, x), 1e-9)
 
@@ -276,11 +279,11 @@ def _scaled(model):
 @pytest.mark.parametrize(
     "change, missing",
     [
-        (_hook, "FusedMixer"),
-        (_activation, "FusedFFN"),
-        (_gate, "FusedPatchMerging"),
-        (_scaled, "FusedDepthwise"),
-        (_norm, "FusedMixer"),
+        (_hook, Kind.MIXER),
+        (_activation, Kind.FFN),
+        (_gate, Kind.PATCH_MERGING),
+        (_scaled, Kind.DEPTHWISE),
+        (_norm, Kind.MIXER),
     ],
 )
 def test_changed_blocks_keep_their_own_forward(change, missing):
@@ -296,7 +299,7 @@ def test_changed_blocks_keep_their_own_forward(change, missing):
 def test_shared_blocks_stay_shared():
     shared = Residual(shvit_kernels.models.shvit.FFN(16, 32))
     fast = fuse(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}).eval())
-    assert fast.model["a"].layers[0] is fast.model["b"]
+    assert fast.model["a"] is fast.model["b"]
 
 
 # Habits of a module
@@ -366,7 +369,7 @@ def test_models_in_bfloat16(make, rounding):
 
 
 def test_training_is_refused(fast):
-    for module in (fast, fast.model.stages[0], fast.model.stages[0].layers[1], fast.model.head):
+    for module in (fast, fast.model.stages[0], fast.model.head):
         with pytest.raises(RuntimeError, match="a fused model is for inference alone"):
             module.train()
     assert not any(module.training for module in fast.modules())

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shvit_kernels.backends import fused
-from shvit_kernels.ops import pack, unpack
+from shvit_kernels.ops import flatten, pack, unpack
 from tests.support import native as native_tier
 from tests.support.numerics import (
     Call,
@@ -36,7 +37,7 @@ class Operation:
         """What the operator takes after x."""
         given = [pack(t) if name in self.packed else t for name, t in tensors.items() if name != "x"]
         if self.name == "sequence":
-            return [given, *self.settings]
+            return [[flatten(given)], *self.settings]
         if self.name == "pointwise" and "scale" not in tensors:
             given.insert(0, None)
         return [*given, *self.settings]
@@ -113,7 +114,7 @@ def sequence(B, C, H, W, width=24, P=10, D=3):
         **{"last": (9, 37), "last_bias": (37,)},
     }
     packed = ("stem", "proj", "weight1", "weight2", *merging_packed)
-    layers = [0, 1, 0, 0, 1, 1, 0, 0, 3, D, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 1, 2, 1, 0]
+    layers = [0, 1, width, C, 1, 1, 0, 0, 3, D, P, 0, 2, 50, 0, 0, 4, 4 * width, 24, 37, 1, 2, 1, 0]
     return Operation("sequence", (B, C, H, W), weights, packed, (layers, [1e-5, D**-0.5]))
 
 
@@ -121,18 +122,19 @@ def merging(B, C, H, W, outputs, squeezed):
     """Patch merging and the head of a model."""
     weights, packed = patch_merging(C, outputs, squeezed)
     weights |= {"head": (11, outputs), "head_bias": (11,)}
-    layers = [4, 0, 0, 0, 5, 0, 0, 0, 6, 0, 0, 0]
+    layers = [4, 4 * C, squeezed, outputs, 5, 0, 0, 0, 6, 0, 11, 0]
     return Operation("sequence", (B, C, H, W), weights, (*packed, "head"), (layers, []))
 
 
 def stem(B, C, H, W, *widths):
     """Convolutions of stride 2, the first two of which are one step."""
-    weights, inputs = {}, C
+    weights, layers, inputs = {}, [], C
     for i, width in enumerate(widths):
+        layers += [0, 1, width, inputs]
         weights |= {f"conv{i}": (width, 9 * inputs), f"bias{i}": (width,)}
         inputs = width
     packed = tuple(name for name in weights if name.startswith("conv"))
-    return Operation("sequence", (B, C, H, W), weights, packed, ([0, 1, 0, 0] * len(widths), []))
+    return Operation("sequence", (B, C, H, W), weights, packed, (layers, []))
 
 
 # The published sizes, few images and many.
@@ -273,7 +275,7 @@ def test_weights_of_another_size_are_refused(operation):
         if name == "x":
             continue
         wrong = torch.cat([tensor, tensor])
-        with pytest.raises(RuntimeError, match=r"must have|must be packed|must lie"):
+        with pytest.raises(RuntimeError, match=r"must have|must be packed|must lie|than are given"):
             native(operation, **{name: wrong})
 
 
@@ -285,16 +287,38 @@ def test_other_types_are_refused(operation):
 
 def test_sequences_that_do_not_add_up_are_refused():
     call = SMALL[-1].call()
-    weights, layers, constants = SMALL[-1].arguments(call.inputs)
+    (weights,), layers, constants = SMALL[-1].arguments(call.inputs)
     for given, message in (
-        ((weights[:-1], layers, constants), "take more than 25 weights"),
-        (([*weights, weights[0]], layers, constants), "take 26 weights, got 27"),
-        ((weights, layers[:-1], constants), "four integers each, got 23"),
-        ((weights, layers, constants[:1]), "take more than 1 constants"),
-        ((weights, [9, *layers[1:]], constants), "no layer of kind 9"),
+        (([weights[:-1]], layers, constants), "take more weights than are given"),
+        (([weights, weights[:1]], layers, constants), "take fewer weights than are given"),
+        (([weights], layers[:-1], constants), "four integers each, got 23"),
+        (([weights], layers, constants[:1]), "take more than 1 constants"),
+        (([weights], [9, *layers[1:]], constants), "no layer of kind 9"),
+        (([weights], [*layers[:2], 2**60, *layers[3:]], constants), r"between 1 and 2\^24, got 1152921504606846976"),
+        (([weights], [*layers[:3], 2, *layers[4:]], constants), "x must have 2 channels, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.shvit_kernels.fused_sequence(call.inputs["x"], *given)
+
+
+def test_the_weights_of_a_sequence_may_be_several_tensors():
+    call = SMALL[-1].call()
+    (weights,), layers, constants = SMALL[-1].arguments(call.inputs)
+    stem = 27 * 32 + 32
+    given = [weights[:stem], weights[stem:]], layers, constants
+    for operators in (fused.NATIVE, fused.SPECIFICATION):
+        expected = operators.sequence(call.inputs["x"], [weights], layers, constants)
+        assert torch.equal(operators.sequence(call.inputs["x"], *given), expected)
+
+
+@pytest.mark.parametrize("operators", [fused.NATIVE, fused.SPECIFICATION], ids=["native", "specification"])
+def test_rows_are_images_of_one_pixel(operators):
+    head = pointwise(7, 21, 1, 1, 11, scale=False).call()
+    weights = flatten((pack(head.inputs["weight"]), head.inputs["bias"]))
+    x = head.inputs["x"]
+    y = operators.sequence(x.flatten(1)[:, ::1], [weights], [6, 0, 11, 0], [])
+    assert y.shape == (7, 11)
+    torch.testing.assert_close(y, F.linear(x.flatten(1), head.inputs["weight"], head.inputs["bias"]))
 
 
 def test_strided_images_are_refused_by_the_bare_operators():

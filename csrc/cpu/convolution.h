@@ -73,8 +73,8 @@ struct Conv3x3 {
         const int64_t from = 2 * row + ky - 1;
         patches.line[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
       }
-      gemm_packed<float, VB, kTile>(halved(a_.width), patches,
-                                    PackedWeights<float>{a_.weight, 9 * a_.channels, a_.outputs}, 0, a_.outputs,
+      gemm_packed<float, VB, kTile>(halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels},
+                                    0, a_.outputs,
                                     LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
     }
 

@@ -5,9 +5,7 @@
 // result it does no more, so that memory can be found first.
 
 #include <algorithm>
-#include <array>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../tensors.h"
@@ -45,14 +43,105 @@ const float* parameter(const char* name, const Tensor& t, int64_t count) {
 struct Packed {
   int64_t outputs;
   const float *weight, *bias;
+};
 
-  Packed(const Tensor& w, const Tensor& b, int64_t inputs) : outputs(b.numel()) {
-    STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == (outputs + kPanel - 1) / kPanel && w.size(1) == inputs &&
-                        w.size(2) == kPanel && outputs > 0,
-                    "weight must be packed from [", outputs, ", ", inputs, "]");
-    weight = parameter("weight", w, w.numel());
-    bias = parameter("bias", b, outputs);
+Packed packed(const Tensor& w, const Tensor& b, int64_t inputs) {
+  const int64_t outputs = b.numel();
+  STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == (outputs + kPanel - 1) / kPanel && w.size(1) == inputs &&
+                      w.size(2) == kPanel && outputs > 0,
+                  "weight must be packed from [", outputs, ", ", inputs, "]");
+  return {outputs, parameter("weight", w, w.numel()), parameter("bias", b, outputs)};
+}
+
+struct DepthwiseWeights {
+  const float *taps, *bias;  // [9, C], [C]
+};
+
+struct FfnWeights {
+  Packed first, second;
+};
+
+// Those of the norm and qkv_bias may be null.
+struct MixerWeights {
+  int64_t pdim;
+  const float *norm_weight, *norm_bias, *qkv_weight, *qkv_bias;
+  Packed projection;
+};
+
+struct PatchMergingWeights {
+  Packed conv1;
+  DepthwiseWeights conv2;
+  Packed fc1, fc2, conv3;
+};
+
+// The weights of a sequence in the order of its layers: in each tensor one behind the other, from multiples of
+// kPanel values on, so that what a layer reads lies behind what the layer before has read.
+class Weights {
+ public:
+  explicit Weights(const std::vector<Tensor>& tensors) : tensors_(&tensors) {
+    for (const Tensor& t : tensors) parameter("weights", t, t.numel());
   }
+
+  const float* take(int64_t count) {
+    skip_read();
+    const int64_t taken = (count + kPanel - 1) / kPanel * kPanel;
+    STD_TORCH_CHECK(tensor_ < tensors_->size() && taken <= current().numel() - at_,
+                    "the layers take more weights than are given");
+    at_ += taken;
+    return floats(current()) + at_ - taken;
+  }
+  Packed packed(int64_t inputs, int64_t outputs) {
+    check_width(outputs);
+    const float* weight = take((outputs + kPanel - 1) / kPanel * kPanel * inputs);
+    return {outputs, weight, take(outputs)};
+  }
+  DepthwiseWeights depthwise(int64_t channels) {
+    const float* taps = take(9 * channels);
+    return {taps, take(channels)};
+  }
+  FfnWeights ffn(int64_t channels, int64_t hidden) {
+    const Packed first = packed(channels, hidden);
+    return {first, packed(hidden, channels)};
+  }
+  MixerWeights mixer(int64_t channels, int64_t qk_dim, int64_t pdim) {
+    check_width(qk_dim);
+    check_width(pdim);
+    const int64_t O = 2 * qk_dim + pdim;
+    MixerWeights w{pdim, take(pdim), take(pdim), take(O * pdim), take(O), {}};
+    w.projection = packed(channels, channels);
+    return w;
+  }
+  PatchMergingWeights patch_merging(int64_t channels, int64_t hidden, int64_t squeezed, int64_t outputs) {
+    PatchMergingWeights w;
+    w.conv1 = packed(channels, hidden);
+    w.conv2 = depthwise(hidden);
+    w.fc1 = packed(hidden, squeezed);
+    w.fc2 = packed(squeezed, hidden);
+    w.conv3 = packed(hidden, outputs);
+    return w;
+  }
+
+  void check_all_taken() {
+    skip_read();
+    STD_TORCH_CHECK(tensor_ == tensors_->size(), "the layers take fewer weights than are given");
+  }
+
+ private:
+  // Far beyond any layer, and far from overflow.
+  static void check_width(int64_t n) {
+    STD_TORCH_CHECK(n >= 1 && n <= 1 << 24, "the widths of a layer must lie between 1 and 2^24, got ", n);
+  }
+  const Tensor& current() const { return (*tensors_)[tensor_]; }
+  void skip_read() {
+    while (tensor_ < tensors_->size() && at_ >= current().numel()) {
+      ++tensor_;
+      at_ = 0;
+    }
+  }
+
+  const std::vector<Tensor>* tensors_;
+  size_t tensor_ = 0;
+  int64_t at_ = 0;
 };
 
 // Memory between the steps of a sequence: pieces of one buffer, only counted where there is none.
@@ -77,95 +166,82 @@ class Buffers {
 // ---------------------------------------------------------------------------------------------------------------
 // Steps
 
-Conv3x3Params conv3x3_params(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
+Conv3x3Params conv3x3_params(const Image& x, const Packed& w, bool relu, float* y) {
   const Shape& s = x.shape;
-  const Packed packed(weight, bias, 9 * s.C);
-  return {s.B,    s.C,           s.H,         s.W, packed.outputs, x.channels_last, relu,
-          x.data, packed.weight, packed.bias, y,   nullptr,        nullptr};
+  return {s.B, s.C, s.H, s.W, w.outputs, x.channels_last, relu, x.data, w.weight, w.bias, y, nullptr, nullptr};
 }
 
 Shape shape_of(const Conv3x3Params& p) { return {p.images, p.outputs, (p.height + 1) / 2, (p.width + 1) / 2}; }
 
-Shape conv3x3_step(const Image& x, const Tensor& weight, const Tensor& bias, bool relu, float* y) {
-  Conv3x3Params params = conv3x3_params(x, weight, bias, relu, y);
+Shape conv3x3_step(const Image& x, const Packed& w, bool relu, float* y) {
+  Conv3x3Params params = conv3x3_params(x, w, relu, y);
   if (y) run(kernels().conv3x3, params);
   return shape_of(params);
 }
 
 // Two of them, the first of which makes its rows as the second needs them.
-Shape conv3x3_pair_step(const Image& x, const Tensor* const tensors[4], bool relu1, bool relu2, float* y) {
-  const Conv3x3Params first = conv3x3_params(x, *tensors[0], *tensors[1], relu1, nullptr);
-  Conv3x3Params second = conv3x3_params({shape_of(first), nullptr}, *tensors[2], *tensors[3], relu2, y);
+Shape conv3x3_pair_step(const Image& x, const Packed& w1, bool relu1, const Packed& w2, bool relu2, float* y) {
+  const Conv3x3Params first = conv3x3_params(x, w1, relu1, nullptr);
+  Conv3x3Params second = conv3x3_params({shape_of(first), nullptr}, w2, relu2, y);
   second.source = &first;
   if (y) run(kernels().conv3x3, second);
   return shape_of(second);
 }
 
-PointwiseParams pointwise_params(const Image& x, const float* scale, const Tensor& weight, const Tensor& bias,
-                                 Activation activation, float* y) {
+PointwiseParams pointwise_params(const Image& x, const float* scale, const Packed& w, Activation activation,
+                                 float* y) {
   const Shape& s = x.shape;
-  const Packed packed(weight, bias, s.C);
-  return {s.B,           s.H * s.W,   s.C, packed.outputs, activation, x.data, scale,
-          packed.weight, packed.bias, y,   nullptr};
+  return {s.B, s.H * s.W, s.C, w.outputs, activation, x.data, scale, w.weight, w.bias, y, nullptr};
 }
 
-Shape pointwise_step(const Image& x, const float* scale, const Tensor& weight, const Tensor& bias,
-                     Activation activation, float* y) {
-  PointwiseParams params = pointwise_params(x, scale, weight, bias, activation, y);
+Shape pointwise_step(const Image& x, const float* scale, const Packed& w, Activation activation, float* y) {
+  PointwiseParams params = pointwise_params(x, scale, w, activation, y);
   if (y) run(kernels().pointwise, params);
   return {x.shape.B, params.outputs, x.shape.H, x.shape.W};
 }
 
 // `source` makes x, or is null.
-Shape depthwise_step(const Image& x, const PointwiseParams* source, const Tensor& weight, const Tensor& bias,
-                     int64_t stride, bool relu, float* y) {
+Shape depthwise_step(const Image& x, const PointwiseParams* source, const DepthwiseWeights& w, int64_t stride,
+                     bool relu, float* y) {
   const Shape& s = x.shape;
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  const float *w = parameter("weight", weight, 9 * s.C), *b = parameter("bias", bias, s.C);
   if (y) {
-    DepthwiseParams params{s.B, s.C, s.H, s.W, stride, relu, x.data, w, b, y, source, nullptr};
+    DepthwiseParams params{s.B, s.C, s.H, s.W, stride, relu, x.data, w.taps, w.bias, y, source, nullptr};
     run(kernels().depthwise, params);
   }
   return {s.B, s.C, (s.H + stride - 1) / stride, (s.W + stride - 1) / stride};
 }
 
-Shape ffn_step(const Image& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
-               const Tensor& bias2, float* y) {
+Shape ffn_step(const Image& x, const FfnWeights& w, float* y) {
   const Shape& s = x.shape;
-  const Packed first(weight1, bias1, s.C), second(weight2, bias2, first.outputs);
-  STD_TORCH_CHECK(second.outputs == s.C, "weight2 must have ", s.C, " outputs, got ", second.outputs);
+  STD_TORCH_CHECK(w.second.outputs == s.C, "weight2 must have ", s.C, " outputs, got ", w.second.outputs);
   if (y) {
-    FfnParams params{s.B * s.H * s.W, s.C,           first.outputs, x.data, first.weight,
-                     first.bias,      second.weight, second.bias,   y,      nullptr};
+    FfnParams params{
+        s.B * s.H * s.W, s.C, w.first.outputs, x.data, w.first.weight, w.first.bias, w.second.weight,
+        w.second.bias,   y,   nullptr};
     run(kernels().ffn, params);
   }
   return s;
 }
 
-// Tensors: norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias; those of the norm and qkv_bias may be
-// null.
-Shape mixer_step(const Image& x, const Tensor* const tensors[6], int64_t qk_dim, double norm_eps, double scale,
+Shape mixer_step(const Image& x, const MixerWeights& w, int64_t qk_dim, double norm_eps, double scale,
                  float* y) {
   const Shape& s = x.shape;
-  const auto [norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias] =
-      std::tie(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5]);
-  STD_TORCH_CHECK(qkv_weight->dim() == 2, "qkv_weight must have 2 dimensions, got ", qkv_weight->dim());
-  const int64_t P = qkv_weight->size(1), O = 2 * qk_dim + P;
-  STD_TORCH_CHECK(P >= 1 && P <= s.C, "pdim must lie between 1 and ", s.C, ", got ", P);
-  const Packed packed(*weight, *bias, s.C);
-  STD_TORCH_CHECK(packed.outputs == s.C, "weight must have ", s.C, " outputs, got ", packed.outputs);
+  STD_TORCH_CHECK(w.pdim >= 1 && w.pdim <= s.C, "pdim must lie between 1 and ", s.C, ", got ", w.pdim);
+  STD_TORCH_CHECK(w.projection.outputs == s.C, "weight must have ", s.C, " outputs, got ",
+                  w.projection.outputs);
   ShsaForwardParams attention{};
-  attention.sizes = {s.B, s.C, P, qk_dim, s.H * s.W};
+  attention.sizes = {s.B, s.C, w.pdim, qk_dim, s.H * s.W};
   attention.channels_last = attention.relu = true;
   attention.norm_eps = norm_eps;
   attention.scale = scale;
   attention.x = x.data;
-  attention.norm_weight = norm_weight ? parameter("norm_weight", *norm_weight, P) : nullptr;
-  attention.norm_bias = norm_bias ? parameter("norm_bias", *norm_bias, P) : nullptr;
-  attention.qkv_weight = parameter("qkv_weight", *qkv_weight, O * P);
-  attention.qkv_bias = qkv_bias ? parameter("qkv_bias", *qkv_bias, O) : nullptr;
+  attention.norm_weight = w.norm_weight;
+  attention.norm_bias = w.norm_bias;
+  attention.qkv_weight = w.qkv_weight;
+  attention.qkv_bias = w.qkv_bias;
   if (y) {
-    MixerParams params{attention, packed.weight, packed.bias, y, nullptr};
+    MixerParams params{attention, w.projection.weight, w.projection.bias, y, nullptr};
     run(kernels().mixer, params);
   }
   return s;
@@ -180,32 +256,28 @@ Shape pool_step(const Image& x, float* y) {
   return {s.B, s.C, 1, 1};
 }
 
-// Tensors: weight and bias of conv1, conv2, fc1, fc2 and conv3.
-Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffers& buffers, float* y) {
-  const auto& t = tensors;
+Shape patch_merging_step(const Image& x, const PatchMergingWeights& w, Buffers& buffers, float* y) {
   const int64_t before = buffers.used();
   // Of one image, what is expanded stays in cache as a whole; of more, a band at a time does.
   const bool bands = x.shape.B > 1;
-  PointwiseParams expand = pointwise_params(x, nullptr, *t[0], *t[1], Activation::kRelu, nullptr);
+  PointwiseParams expand = pointwise_params(x, nullptr, w.conv1, Activation::kRelu, nullptr);
   Image wide{{x.shape.B, expand.outputs, x.shape.H, x.shape.W}, nullptr};
   if (!bands) wide.data = expand.y = buffers.take(wide.shape.floats());
-  const Shape small = depthwise_step(wide, nullptr, *t[2], *t[3], 2, true, nullptr);
+  const Shape small = depthwise_step(wide, nullptr, w.conv2, 2, true, nullptr);
   float *reduced = buffers.take(small.floats()), *means = buffers.take(small.B * small.C),
         *gate = buffers.take(small.B * small.C);
   const Image merged{small, reduced}, pooled{{small.B, small.C, 1, 1}, means};
-  const Shape squeezed = pointwise_step(pooled, nullptr, *t[4], *t[5], Activation::kRelu, nullptr);
+  const Shape squeezed = pointwise_step(pooled, nullptr, w.fc1, Activation::kRelu, nullptr);
   float* narrow = buffers.take(squeezed.floats());
   const Image bottleneck{squeezed, narrow};
-  const Shape gates = pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, nullptr);
-  STD_TORCH_CHECK(gates.C == small.C, "fc2 must have ", small.C, " outputs, got ", gates.C);
   if (y) {
     if (!bands) run(kernels().pointwise, expand);
-    depthwise_step(wide, bands ? &expand : nullptr, *t[2], *t[3], 2, true, reduced);
+    depthwise_step(wide, bands ? &expand : nullptr, w.conv2, 2, true, reduced);
     pool_step(merged, means);
-    pointwise_step(pooled, nullptr, *t[4], *t[5], Activation::kRelu, narrow);
-    pointwise_step(bottleneck, nullptr, *t[6], *t[7], Activation::kSigmoid, gate);
+    pointwise_step(pooled, nullptr, w.fc1, Activation::kRelu, narrow);
+    pointwise_step(bottleneck, nullptr, w.fc2, Activation::kSigmoid, gate);
   }
-  const Shape out = pointwise_step(merged, gate, *t[8], *t[9], Activation::kNone, y);
+  const Shape out = pointwise_step(merged, gate, w.conv3, Activation::kNone, y);
   buffers.give_back_to(before);
   return out;
 }
@@ -213,7 +285,7 @@ Shape patch_merging_step(const Image& x, const Tensor* const tensors[10], Buffer
 // The kinds of layer of shvit_kernels/ops.py.
 enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging, kPool, kPointwise };
 
-// A sequence of layers, each given by four integers (its kind and settings), tensors and constants.
+// A sequence of layers, each given by four integers (its kind and settings), weights and constants.
 //
 // It is cut into segments where images get smaller. A segment takes as many images at a time as keep their
 // tokens in cache, and asks the one before for them: so few images of the first layers and more of the last are
@@ -223,17 +295,18 @@ class Sequence {
   // Shapes and sizes, from one image.
   Sequence(const std::vector<Tensor>& weights, const std::vector<int64_t>& layers,
            const std::vector<double>& constants, const Image& x)
-      : weights_(weights), layers_(layers), constants_(constants), x_(x) {
+      : layers_(layers), constants_(constants), x_(x) {
     STD_TORCH_CHECK(!layers.empty() && layers.size() % 4 == 0, "layers must be four integers each, got ",
                     layers.size());
     Image one = x;
     one.shape.B = 1;
-    size_t tensor = 0, constant = 0;
+    Weights rest(weights);
+    size_t constant = 0;
     for (size_t begin = 0; begin < layers.size(); begin = segments_.back().end) {
-      segments_.push_back(segment(begin, tensor, constant, one));
+      segments_.push_back(segment(begin, rest, constant, one));
       one = {segments_.back().out, nullptr};
     }
-    STD_TORCH_CHECK(tensor == weights.size(), "the layers take ", tensor, " weights, got ", weights.size());
+    rest.check_all_taken();
   }
 
   // Of all images.
@@ -241,6 +314,11 @@ class Sequence {
     Shape s = segments_.back().out;
     s.B = x_.shape.B;
     return s;
+  }
+  bool pools() const {
+    for (size_t layer = 0; layer < layers_.size(); layer += 4)
+      if (layers_[layer] == kPool) return true;
+    return false;
   }
 
   void run(float* y) {
@@ -256,11 +334,12 @@ class Sequence {
   static constexpr int64_t kTokens = 256;
 
   struct Segment {
-    size_t begin, end;        // layers, four integers each
-    size_t tensor, constant;  // its first ones
-    Shape in, out;            // of one image
-    int64_t images;           // at a time
-    int64_t scratch = 0;      // bytes of one image, of a layer
+    size_t begin, end;    // layers, four integers each
+    Weights weights;      // from its first one on
+    size_t constant;      // its first one
+    Shape in, out;        // of one image
+    int64_t images;       // at a time
+    int64_t scratch = 0;  // bytes of one image, of a layer
     // Floats of one image: results between layers alternate between two pieces of memory.
     int64_t between[2] = {};
     float* input = nullptr;  // made by the segment before
@@ -272,13 +351,13 @@ class Sequence {
   }
 
   // The segment that starts with layer `begin`.
-  Segment segment(size_t begin, size_t& tensor, size_t& constant, Image x) const {
-    Segment s{begin, begin, tensor, constant, x.shape, {}, 0};
+  Segment segment(size_t begin, Weights& weights, size_t& constant, Image x) const {
+    Segment s{begin, begin, weights, constant, x.shape, {}, 0};
     int64_t tokens = 0;
     for (int step = 0; s.end < layers_.size() && (step == 0 || !halves(&layers_[s.end])); ++step) {
       if (step > 0) s.between[step % 2] = std::max(s.between[step % 2], x.shape.floats());
       Buffers buffers(nullptr);
-      x = {this->step(x, s.end, tensor, constant, buffers, nullptr), nullptr};
+      x = {this->step(x, s.end, weights, constant, buffers, nullptr), nullptr};
       s.scratch = std::max(s.scratch, buffers.most());
       if (step == 0) tokens = x.shape.H * x.shape.W;
     }
@@ -322,10 +401,11 @@ class Sequence {
   void apply(const Segment& s, Image x, float* y) const {
     Buffers buffers(s.memory);
     float* const between[2] = {buffers.take(s.images * s.between[0]), buffers.take(s.images * s.between[1])};
-    size_t layer = s.begin, tensor = s.tensor, constant = s.constant;
+    Weights weights = s.weights;
+    size_t layer = s.begin, constant = s.constant;
     for (int step = 1; layer < s.end; ++step) {
       float* to = layer + length(layer) == s.end ? y : between[step % 2];
-      x = {this->step(x, layer, tensor, constant, buffers, to), to};
+      x = {this->step(x, layer, weights, constant, buffers, to), to};
     }
   }
 
@@ -334,57 +414,48 @@ class Sequence {
     return layer == 0 && layers_.size() > 4 && layers_[0] == kConv3x3 && layers_[4] == kConv3x3 ? 8 : 4;
   }
 
-  // The next `Count` tensors.
-  template <size_t Count>
-  std::array<const Tensor*, Count> next(size_t& tensor) const {
-    STD_TORCH_CHECK(tensor + Count <= weights_.size(), "the layers take more than ", weights_.size(),
-                    " weights");
-    std::array<const Tensor*, Count> found;
-    for (const Tensor*& t : found) t = &weights_[tensor++];
-    return found;
+  Packed conv3x3_weights(const Image& x, const int64_t* layer, Weights& weights) const {
+    STD_TORCH_CHECK(x.shape.C == layer[3], "x must have ", layer[3], " channels, got ", x.shape.C);
+    return weights.packed(9 * x.shape.C, layer[2]);
   }
 
   // Runs the layer (or two) at `at`, which then is the next one.
-  Shape step(const Image& x, size_t& at, size_t& tensor, size_t& constant, Buffers& buffers, float* y) const {
+  Shape step(const Image& x, size_t& at, Weights& weights, size_t& constant, Buffers& buffers, float* y) const {
     const int64_t* layer = &layers_[at];
+    const int64_t C = x.shape.C;
     const bool pair = length(at) == 8;
     at += length(at);
     switch (layer[0]) {
       case kConv3x3: {
-        if (pair) return conv3x3_pair_step(x, next<4>(tensor).data(), layer[1] != 0, layer[5] != 0, y);
-        const auto t = next<2>(tensor);
-        return conv3x3_step(x, *t[0], *t[1], layer[1] != 0, y);
+        const Packed w = conv3x3_weights(x, layer, weights);
+        if (!pair) return conv3x3_step(x, w, layer[1] != 0, y);
+        const int64_t* next = layer + 4;
+        const Packed next_w = conv3x3_weights({{1, w.outputs, 1, 1}, nullptr}, next, weights);
+        return conv3x3_pair_step(x, w, layer[1] != 0, next_w, next[1] != 0, y);
       }
-      case kDepthwise: {
-        const auto t = next<2>(tensor);
-        return depthwise_step(x, nullptr, *t[0], *t[1], layer[1], layer[2] != 0, y);
-      }
-      case kFfn: {
-        const auto t = next<4>(tensor);
-        return ffn_step(x, *t[0], *t[1], *t[2], *t[3], y);
-      }
+      case kDepthwise:
+        return depthwise_step(x, nullptr, weights.depthwise(C), layer[1], layer[2] != 0, y);
+      case kFfn:
+        return ffn_step(x, weights.ffn(C, layer[1]), y);
       case kMixer: {
-        const auto t = next<6>(tensor);
         STD_TORCH_CHECK(constant + 2 <= constants_.size(), "the layers take more than ", constants_.size(),
                         " constants");
         constant += 2;
-        return mixer_step(x, t.data(), layer[1], constants_[constant - 2], constants_[constant - 1], y);
+        return mixer_step(x, weights.mixer(C, layer[1], layer[2]), layer[1], constants_[constant - 2],
+                          constants_[constant - 1], y);
       }
       case kPatchMerging:
-        return patch_merging_step(x, next<10>(tensor).data(), buffers, y);
+        return patch_merging_step(x, weights.patch_merging(C, layer[1], layer[2], layer[3]), buffers, y);
       case kPool:
         return pool_step(x, y);
-      case kPointwise: {
-        const auto t = next<2>(tensor);
-        return pointwise_step(x, nullptr, *t[0], *t[1], layer[1] != 0 ? Activation::kRelu : Activation::kNone,
-                              y);
-      }
+      case kPointwise:
+        return pointwise_step(x, nullptr, weights.packed(C, layer[2]),
+                              layer[1] != 0 ? Activation::kRelu : Activation::kNone, y);
       default:
         STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
     }
   }
 
-  const std::vector<Tensor>& weights_;
   const std::vector<int64_t>& layers_;
   const std::vector<double>& constants_;
   const Image x_;
@@ -404,6 +475,12 @@ Image image_of(const Tensor& x, bool any_order = false) {
   return {s, floats(x), !planes};
 }
 
+Image rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.is_contiguous(), "x must be contiguous rows");
+  return {{x.size(0), x.size(1), 1, 1}, floats(x)};
+}
+
 Tensor empty_images(const Tensor& like, const Shape& s) {
   return empty_channels_last(like, s.B, s.C, s.H, s.W);
 }
@@ -420,35 +497,48 @@ Tensor in_a_tensor(const Tensor& x, Step step) {
 
 Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
   const Image image = image_of(x, true);
-  return in_a_tensor(x, [&](float* y) { return conv3x3_step(image, weight, bias, relu, y); });
+  const Packed w = packed(weight, bias, 9 * image.shape.C);
+  return in_a_tensor(x, [&](float* y) { return conv3x3_step(image, w, relu, y); });
 }
 
 Tensor depthwise(Tensor x, Tensor weight, Tensor bias, int64_t stride, bool relu) {
   const Image image = image_of(x);
-  return in_a_tensor(x,
-                     [&](float* y) { return depthwise_step(image, nullptr, weight, bias, stride, relu, y); });
+  const int64_t C = image.shape.C;
+  const DepthwiseWeights w{parameter("weight", weight, 9 * C), parameter("bias", bias, C)};
+  return in_a_tensor(x, [&](float* y) { return depthwise_step(image, nullptr, w, stride, relu, y); });
 }
 
 Tensor pointwise(Tensor x, std::optional<Tensor> scale, Tensor weight, Tensor bias, bool relu) {
   const Image image = image_of(x);
   const float* s = scale.has_value() ? parameter("scale", *scale, image.shape.B * image.shape.C) : nullptr;
+  const Packed w = packed(weight, bias, image.shape.C);
   const Activation activation = relu ? Activation::kRelu : Activation::kNone;
-  return in_a_tensor(x, [&](float* y) { return pointwise_step(image, s, weight, bias, activation, y); });
+  return in_a_tensor(x, [&](float* y) { return pointwise_step(image, s, w, activation, y); });
 }
 
 Tensor ffn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
   const Image image = image_of(x);
-  return in_a_tensor(x, [&](float* y) { return ffn_step(image, weight1, bias1, weight2, bias2, y); });
+  const Packed first = packed(weight1, bias1, image.shape.C);
+  const FfnWeights w{first, packed(weight2, bias2, first.outputs)};
+  return in_a_tensor(x, [&](float* y) { return ffn_step(image, w, y); });
 }
 
 Tensor mixer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor qkv_weight,
              std::optional<Tensor> qkv_bias, Tensor weight, Tensor bias, int64_t qk_dim, double norm_eps,
              double scale) {
   const Image image = image_of(x);
-  const auto optional = [](const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; };
-  const Tensor* const tensors[] = {
-      optional(norm_weight), optional(norm_bias), &qkv_weight, optional(qkv_bias), &weight, &bias};
-  return in_a_tensor(x, [&](float* y) { return mixer_step(image, tensors, qk_dim, norm_eps, scale, y); });
+  STD_TORCH_CHECK(qkv_weight.dim() == 2, "qkv_weight must have 2 dimensions, got ", qkv_weight.dim());
+  const int64_t P = qkv_weight.size(1), O = 2 * qk_dim + P;
+  const auto optional = [](const char* name, const std::optional<Tensor>& t, int64_t count) {
+    return t.has_value() ? parameter(name, *t, count) : nullptr;
+  };
+  const MixerWeights w{P,
+                       optional("norm_weight", norm_weight, P),
+                       optional("norm_bias", norm_bias, P),
+                       parameter("qkv_weight", qkv_weight, O * P),
+                       optional("qkv_bias", qkv_bias, O),
+                       packed(weight, bias, image.shape.C)};
+  return in_a_tensor(x, [&](float* y) { return mixer_step(image, w, qk_dim, norm_eps, scale, y); });
 }
 
 Tensor pool(Tensor x) {
@@ -458,10 +548,14 @@ Tensor pool(Tensor x) {
   return y;
 }
 
+// Of images, or of rows [B, C], which are images of one pixel.
 Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
                 std::vector<double> constants) {
-  Sequence all(weights, layers, constants, image_of(x, !layers.empty() && layers[0] == kConv3x3));
-  const Tensor y = empty_images(x, all.result());
+  const bool rows = x.dim() == 2;
+  Sequence all(weights, layers, constants,
+               rows ? rows_of(x) : image_of(x, !layers.empty() && layers[0] == kConv3x3));
+  const Shape s = all.result();
+  const Tensor y = rows || all.pools() ? torch::stable::new_empty(x, {s.B, s.C}) : empty_images(x, s);
   all.run(result(y));
   return y;
 }

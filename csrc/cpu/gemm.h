@@ -56,7 +56,7 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
 // kRows rows of B. A burst would keep loads waiting.
 struct Ahead {
   static constexpr int64_t kLine = 64, kRows = 4;  // bytes, rows of B
-  static constexpr int kLevel = 2;  // of __builtin_prefetch: the second-level cache
+  static constexpr int kLevel = 2;                 // of __builtin_prefetch: the second-level cache
   const char* next = nullptr;
   int64_t bytes = 0, lines = 0;
 
@@ -230,23 +230,23 @@ struct ColumnsFrom {
   }
 };
 
-// Packed weights [ceil(columns / 16), rows, 16]. Those that come from memory, rather than from cache, are brought
-// in as the columns before them are computed, and so is `behind`, which is read after the last of them.
+// Packed weights [ceil(columns / 16), rows, 16]. Those that come from memory, rather than from cache, are
+// brought in as the columns before them are computed; behind the last of them lies what is read next, in a
+// sequence.
 template <class T>
 struct PackedWeights {
   const T* data;
-  int64_t rows, columns;
+  int64_t rows;
   bool from_memory = false;
-  const T* behind = nullptr;
 
   SHVIT_INLINE const T* at(int64_t column) const {
     return data + column / kPanel * rows * kPanel + column % kPanel;
   }
-  // Of the `width` columns from `column` on.
+  // As much as `width` columns, from the panel at or behind `column` on.
   SHVIT_INLINE Ahead ahead(int64_t column, int64_t width) const {
-    const T* next = column < columns ? at(column) : behind;
-    if (!from_memory || !next) return {};
+    if (!from_memory) return {};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const T* next = at((column + kPanel - 1) / kPanel * kPanel);
     return {reinterpret_cast<const char*>(next), rows * row_bytes, Ahead::kRows * row_bytes / Ahead::kLine};
   }
 };

@@ -116,7 +116,7 @@ struct Pointwise {
     }
     const int64_t begin = all.first_column(task), end = all.end_column(task);
     float* y = a.y + first * a.outputs;
-    linear_rows<VB>(rows, {x, K, 1}, {a.weight, K, a.outputs, true}, begin, end,
+    linear_rows<VB>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
                     {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
     if (a.activation == Activation::kSigmoid)
       for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
@@ -159,15 +159,14 @@ struct Ffn {
   static void expand(const Params& a, int64_t task, float* hidden) {
     const LinearTasks all = first(a);
     linear_rows<VB>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
-                    {a.weight1, a.channels, a.hidden, true, a.weight2}, all.first_column(task),
-                    all.end_column(task),
+                    {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
                     {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
   }
 
   static void contract(const Params& a, int64_t task, const float* hidden) {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
-    linear_rows<VB>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, a.channels, true},
+    linear_rows<VB>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
                     all.first_column(task), all.end_column(task),
                     {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
   }

@@ -58,7 +58,7 @@ struct Mixer {
     const Plan attention = Attention::plan(a.attention);
     const auto project = [&](int64_t first, int64_t rows, const float* attended, int64_t begin, int64_t end) {
       const int64_t at = first * s.C;
-      linear_rows<VB>(rows, {attended, s.C, 1}, {a.weight, s.C, s.C, true}, begin, end,
+      linear_rows<VB>(rows, {attended, s.C, 1}, {a.weight, s.C, true}, begin, end,
                       {a.bias, static_cast<const float*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
     };
     if (!is_staged(a)) {

@@ -78,7 +78,7 @@ struct RowsFinish {
 template <class T, int VB>
 __attribute__((noinline)) void product_of_rows(int64_t M, int64_t C, const T* rows, int64_t ld, const T* packed,
                                                RowsFinish<T> finish) {
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C, C}, 0, C,
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, 0, C,
                                           finish);
 }
 

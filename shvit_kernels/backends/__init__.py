@@ -96,7 +96,8 @@ def _warn_of_missing_native(reason: str) -> None:
 
 def is_traced_to_aten() -> bool:
     """Whether a tracer is watching that knows ATen's operators only (``torch.jit.trace``, ``torch.onnx.export``)."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    # Both exporters to ONNX trace or compile, which is cheaper to ask.
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def chosen_name(name: str | None) -> str | None:
@@ -120,7 +121,7 @@ def choose(x: Tensor, name: str | None, pdim: int = 1, qk_dim: int = 1) -> Modul
         return backend
     if is_traced_to_aten():
         return eager
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # to make a torch.device takes longer
     for backend in BACKENDS.values():
         if device in backend.devices and backend.why_not(x, pdim, qk_dim) is None:
             return backend

@@ -1,6 +1,7 @@
 """The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 on the CPU.
 
 Weights are packed: ``[ceil(outputs / 16), inputs, 16]``, the same on every instruction set and in every state dict.
+A sequence of layers has all its weights in one tensor, in the order in which they are read.
 Images are ``[B, C, H, W]``, channels_last inside a model.
 """
 
@@ -87,9 +88,16 @@ def patch_merging(
 
 
 def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
-    """One layer after the other: each is four integers (a ``Kind``, settings, zeros), tensors and constants."""
+    """One layer after the other: each is four integers (a ``Kind``, settings, zeros), weights and constants.
+
+    Weights are flattened tensors (``ops.flatten``), each of one or more layers. ``x`` may be rows ``[B, C]``, images of
+    one pixel. The result is ``[B, C]`` if ``x`` is, or if there is pooling.
+    """
     constants = iter(constants)
-    for kind, (first, second, _), own in layers_of(layers, weights):
+    rows = x.dim() == 2 or Kind.POOL in layers[::4]
+    if x.dim() == 2:
+        x = x[:, :, None, None]
+    for kind, (first, second, _), own in layers_of(layers, weights, x.shape[1]):
         if kind == Kind.CONV3X3:
             x = conv3x3(x, *own, bool(first))
         elif kind == Kind.DEPTHWISE:
@@ -104,7 +112,7 @@ def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: lis
             x = pool(x)[:, :, None, None]
         else:
             x = pointwise(x, None, *own, bool(first))
-    return x
+    return x.flatten(1) if rows else x
 
 
 class Operators(NamedTuple):
@@ -138,7 +146,12 @@ def _conv3x3(x: Tensor, *rest) -> Tensor:
 
 
 def _sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
-    x = readable(x) if layers[0] == Kind.CONV3X3 else x.contiguous(memory_format=torch.channels_last)
+    if x.dim() == 2:
+        x = x.contiguous()
+    elif layers[0] == Kind.CONV3X3:
+        x = readable(x)
+    else:
+        x = x.contiguous(memory_format=torch.channels_last)
     return _OPERATORS["sequence"](x, weights, layers, constants)
 
 
