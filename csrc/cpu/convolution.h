@@ -14,8 +14,9 @@ template <int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params;
   static constexpr int kTile = kTileRows<VB, true> == 12 ? 14 : kTileRows<VB, true>;  // pixels
-  // Bands of rows of an image, for several threads. The first row of one makes two rows of its source again.
-  static constexpr int64_t kBands = 8, kRowsWithSource = 7;
+  // Bands of rows of an image, for several threads. The first row of one makes a row of its source again.
+  static constexpr int64_t kBands = 8, kBandsOfThread = 2, kRowsWithSource = 7;
+  static constexpr int64_t kLinesAhead = 4;  // of x, on their way from memory
 
   // Rows of x in scratch: `planes` of (width + 2) pixels of `values` channels.
   struct Lines {
@@ -27,17 +28,20 @@ struct Conv3x3 {
     int64_t floats() const { return planes * plane_floats; }
   };
 
-  // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels.
-  template <bool Planar>
+  // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels. `Planes` of
+  // them, where that is not 0: the loops of so short sums are unrolled.
+  template <bool Planar, int64_t Planes>
   struct Patches {
     Lines lines;
     const float* line[3];  // null outside
 
     template <class Visit>
     SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
-      const int64_t values = Planar ? 1 : lines.values, planes = Planar ? lines.planes : 1;
+      const int64_t values = Planar ? 1 : lines.values, planes = Planes ? Planes : lines.planes;
+#pragma GCC unroll 3
       for (int64_t ky = 0; ky < 3; ++ky) {
         if (!line[ky]) continue;
+#pragma GCC unroll 3
         for (int64_t plane = 0; plane < planes; ++plane)
           visit(MatrixView<float>{line[ky] + plane * lines.plane_floats + 2 * first * values, 2 * values, 1},
                 3 * values, 3 * ky * planes * values + plane, planes);
@@ -52,6 +56,7 @@ struct Conv3x3 {
         : a_(a),
           lines_(a),
           x_(source ? nullptr : a.x + image * a.channels * a.height * a.width),
+          first_(first),
           read_(max64(0, 2 * first - 1)),
           source_(source),
           memory_(memory) {}
@@ -59,23 +64,30 @@ struct Conv3x3 {
     void make(int64_t row, float* y) {
       for (; read_ < min64(2 * row + 2, a_.height); ++read_) read(line(read_));
       if (a_.channels_last) {
-        multiply<false>(row, y);
+        multiply<false, 1>(row, y);
+      } else if (a_.channels == 3) {
+        multiply<true, 3>(row, y);
       } else {
-        multiply<true>(row, y);
+        multiply<true, 0>(row, y);
       }
     }
 
    private:
-    template <bool Planar>
+    template <bool Planar, int64_t Planes>
     void multiply(int64_t row, float* y) const {
-      Patches<Planar> patches{lines_, {}};
+      Patches<Planar, Planes> patches{lines_, {}};
       for (int64_t ky = 0; ky < 3; ++ky) {
         const int64_t from = 2 * row + ky - 1;
         patches.line[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
       }
-      gemm_packed<float, VB, kTile>(halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels},
-                                    0, a_.outputs,
-                                    LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+      gemm_packed<float, VB, kTile>(
+          halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels, row == first_}, 0,
+          a_.outputs, LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+    }
+
+    static void prefetch(const float* row, int64_t count) {
+      for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(float)))
+        __builtin_prefetch(row + i, 0, Ahead::kLevel);
     }
 
     // A row of outputs needs the last line of the one before, so three lines take turns.
@@ -88,7 +100,9 @@ struct Conv3x3 {
         if (source_) {
           source_->make(read_, line + values);
         } else {
-          copy_row<VB>(x_ + (plane * a_.height + read_) * count, line + values, count);
+          const float* from = x_ + (plane * a_.height + read_) * count;
+          copy_row<VB>(from, line + values, count);
+          if (read_ + kLinesAhead < a_.height) prefetch(from + kLinesAhead * count, count);
         }
         fill(line + values + count, values, 0.0f);
       }
@@ -97,6 +111,7 @@ struct Conv3x3 {
     const Params& a_;
     const Lines lines_;
     const float* x_;
+    const int64_t first_;
     int64_t read_;
     Rows* source_;
     float* memory_;
@@ -104,7 +119,8 @@ struct Conv3x3 {
 
   static Parts bands(const Params& a) {
     const int64_t rows = halved(a.height);
-    return {rows, a.source ? ceil_div(rows, kRowsWithSource) : min64(rows, kBands)};
+    if (!a.source) return {rows, min64(rows, kBands)};
+    return {rows, min64(ceil_div(rows, kRowsWithSource), kBandsOfThread * a.threads)};
   }
   static int64_t lines_floats(const Params& a) { return 3 * Lines(a).floats(); }
   static int64_t flops(const Params& a) {

@@ -168,7 +168,20 @@ class Buffers {
 
 Conv3x3Params conv3x3_params(const Image& x, const Packed& w, bool relu, float* y) {
   const Shape& s = x.shape;
-  return {s.B, s.C, s.H, s.W, w.outputs, x.channels_last, relu, x.data, w.weight, w.bias, y, nullptr, nullptr};
+  return {s.B,
+          s.C,
+          s.H,
+          s.W,
+          w.outputs,
+          x.channels_last,
+          relu,
+          x.data,
+          w.weight,
+          w.bias,
+          y,
+          nullptr,
+          torch::stable::get_num_threads(),
+          nullptr};
 }
 
 Shape shape_of(const Conv3x3Params& p) { return {p.images, p.outputs, (p.height + 1) / 2, (p.width + 1) / 2}; }

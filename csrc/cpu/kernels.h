@@ -118,6 +118,7 @@ struct Conv3x3Params {
   const float *x, *weight, *bias;                    // weight: [9 * channels, outputs], packed
   float* y;
   const Conv3x3Params* source;  // makes x row by row, or null; its y is not used
+  int64_t threads;              // for which images are cut
   void* workspace;
 };
 
