@@ -1,9 +1,10 @@
 """Whole models for inference: every block of SHViT as a few fused operators."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,23 +52,7 @@ class FusedLayers(_Inference):
         return fused.operators(x).sequence(x, _weights([self]), self.code, self.constants)
 
 
-def _layer(kind: Kind, *weights: Tensor, settings: tuple[int, ...] = (), constants: tuple[float, ...] = ()):
-    """One layer. Those of its weights that were kept in a wider type are rounded to that of its last bias."""
-    code = [int(kind), *map(int, settings), 0, 0, 0][:4]
-    flat = flatten(w.detach().to(weights[-1].dtype) for w in weights) if weights else None
-    return FusedLayers(code, list(constants), flat)
-
-
-def _joined(parts: Sequence[FusedLayers]) -> FusedLayers:
-    """Parts one after the other as one; a single one stays what it is."""
-    if len(parts) == 1:
-        return parts[0]
-    code = [number for part in parts for number in part.code]
-    constants = [value for part in parts for value in part.constants]
-    return FusedLayers(code, constants, torch.cat([part.weights for part in parts]))
-
-
-_POOL = _layer(Kind.POOL)
+_POOL = FusedLayers([Kind.POOL, 0, 0, 0], [], None)
 
 
 def _weights(parts: list[FusedLayers]) -> list[Tensor]:
@@ -160,8 +145,26 @@ def _packed(weight: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Recognition: by class name and children, so that no other library is imported. Each function returns the layer that
-# replaces a module, or None.
+# Recognition: by class name and children, so that no other library is imported. Each function returns the layers that
+# a module is, or None.
+
+
+class _Plan(NamedTuple):
+    """Layers one after the other: their code, constants and weights."""
+
+    code: list[int]
+    constants: list[float]
+    weights: list[Tensor]
+
+
+def _layer(kind: Kind, *weights: Tensor, settings: tuple[int, ...] = (), constants: tuple[float, ...] = ()) -> _Plan:
+    """One layer. Those of its weights that were kept in a wider type are rounded to that of its last bias."""
+    code = [int(kind), *map(int, settings), 0, 0, 0][:4]
+    return _Plan(code, list(constants), [w.to(weights[-1].dtype) for w in weights])
+
+
+def _joined(plans: Iterable[_Plan]) -> _Plan:
+    return _Plan(*(list(chain.from_iterable(parts)) for parts in zip(_Plan([], [], []), *plans, strict=True)))
 
 
 def _is(module: nn.Module | None, name: str, *children: str) -> bool:
@@ -200,16 +203,16 @@ def _conv(module: nn.Module | None, kernel: int, stride: int = 1, depthwise: boo
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def _depthwise(module: nn.Module) -> nn.Module | None:
+def _depthwise(module: nn.Module) -> _Plan | None:
     conv = _conv(module, 3, depthwise=True)
-    return conv and _fused_depthwise(*conv)
+    return conv and _depthwise_layer(*conv)
 
 
-def _fused_depthwise(weight: Tensor, bias: Tensor) -> FusedLayers:
+def _depthwise_layer(weight: Tensor, bias: Tensor) -> _Plan:
     return _layer(Kind.DEPTHWISE, _taps(weight), bias, settings=(1, False))
 
 
-def _residual(module: nn.Module) -> nn.Module | None:
+def _residual(module: nn.Module) -> _Plan | None:
     if not _is(module, "Residual", "m"):
         return None
     inner = module.m
@@ -232,7 +235,7 @@ def _residual(module: nn.Module) -> nn.Module | None:
     weight, bias = conv
     identity = torch.zeros_like(weight)
     identity[:, :, 1, 1] = 1
-    return _fused_depthwise(weight + identity, bias)
+    return _depthwise_layer(weight + identity, bias)
 
 
 def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
@@ -246,7 +249,7 @@ def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
     return None if getattr(module, "add_maxpool", False) else [_conv(module.fc1, 1), _conv(module.fc2, 1)]
 
 
-def _patch_merging(module: nn.Module) -> nn.Module | None:
+def _patch_merging(module: nn.Module) -> _Plan | None:
     if not _is(module, "PatchMerging", "conv1", "conv2", "se", "conv3"):
         return None
     if not all(_is_relu(child) for name, child in module._modules.items() if name.startswith("act")):
@@ -261,7 +264,7 @@ def _patch_merging(module: nn.Module) -> nn.Module | None:
     return _layer(Kind.PATCH_MERGING, *weights, settings=(hidden, squeezed, outputs))
 
 
-def _stem(module: nn.Module) -> nn.Module | None:
+def _stem(module: nn.Module) -> _Plan | None:
     """3x3 convolutions of stride 2 in a row, each with ReLU behind it or not."""
     if not (type(module) is nn.Sequential and is_plain(module)):
         return None
@@ -279,7 +282,7 @@ def _stem(module: nn.Module) -> nn.Module | None:
     return _joined(layers) if layers else None
 
 
-def _norm_linear(module: nn.Module) -> nn.Module | None:
+def _norm_linear(module: nn.Module) -> _Plan | None:
     if not (isinstance(module, nn.Sequential) and tuple(module._modules) == ("bn", "l") and is_plain(module)):
         return None
     bn, linear = module._modules.values()
@@ -298,7 +301,7 @@ def _norm_linear(module: nn.Module) -> nn.Module | None:
     return _layer(Kind.POINTWISE, pack(weight), bias.to(dtype), settings=(False, weight.shape[0]))
 
 
-_RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
+_RECOGNISED: tuple[Callable[[nn.Module], _Plan | None], ...] = (
     _residual,
     _patch_merging,
     _stem,
@@ -307,20 +310,26 @@ _RECOGNISED: tuple[Callable[[nn.Module], nn.Module | None], ...] = (
 )
 
 
-def _layers(module: nn.Module) -> list[FusedLayers] | None:
-    """The fused layers that a module runs one after the other, none for an identity; None if it does anything else."""
+def _plan(module: nn.Module) -> _Plan | None:
+    """The layers that a module runs one after the other, none for an identity; None if it does anything else."""
     if isinstance(module, FusedLayers):
-        return [module]
+        return _Plan(module.code, module.constants, _weights([module]))
     if type(module) is nn.Identity and is_plain(module):
-        return []
+        return _joined([])
+    for recognise in _RECOGNISED:
+        if (plan := recognise(module)) is not None:
+            return plan
     blocks = {"BasicBlock": ("conv", "mixer", "ffn"), "StageBlock": ("downsample", "blocks")}
     order = blocks.get(type(module).__name__)
+    children = module._modules
     if type(module) is nn.Sequential:
-        order = tuple(module._modules)
-    if order is None or set(order) != set(module._modules) or not is_plain(module):
+        order = tuple(children)
+    if order is None or set(order) != set(children) or not is_plain(module):
         return None
-    found = [_layers(module._modules[name]) for name in order]
-    return None if None in found else [layer for layers in found for layer in layers]
+    if any(type(child).__name__ == "StageBlock" for child in children.values()):
+        return None  # models take the stages out of their sequence
+    plans = [_plan(children[name]) for name in order]
+    return None if None in plans else _joined(plans)
 
 
 def _whole(model: nn.Module) -> _Whole | None:
@@ -352,15 +361,14 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """What takes the place of a module: itself, its children replaced, where its own forward stays."""
     if id(module) in done:
         return done[id(module)]
-    replacement = next(filter(None, (recognise(module) for recognise in _RECOGNISED)), None)
-    if replacement is None:
-        children = {name: child for name, child in module._modules.items() if child is not None}
-        of_stages = any(type(child).__name__ == "StageBlock" for child in children.values())
-        for name, child in children.items():
-            module._modules[name] = _replace(child, done)
-        layers = None if of_stages else _layers(module)  # models take the stages out of their sequence
-        joined = layers and len({(part.weights.dtype, part.weights.device) for part in layers}) == 1
-        replacement = _joined(layers) if joined else module
+    plan = _plan(module)
+    if plan and plan.code and len({(w.dtype, w.device) for w in plan.weights}) == 1:
+        replacement = FusedLayers(plan.code, plan.constants, flatten(plan.weights))
+    else:
+        replacement = module
+        for name in list(module._modules):
+            if module._modules[name] is not None:
+                module._modules[name] = _replace(module._modules[name], done)
     done[id(module)] = replacement
     return replacement
 
@@ -406,8 +414,10 @@ def fuse(model: nn.Module) -> FusedModel:
         )
     if isinstance(model, FusedModel):
         return copy.deepcopy(model)
-    model = copy.deepcopy(model).eval()
-    model = _replace(model, {})
-    if not any(isinstance(module, FusedLayers) for module in model.modules()):
+    # What is replaced is never copied, which halves the memory; what stays is, in the end.
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    fast = _replace(copy.deepcopy(model, shared).eval(), {})
+    weights = [p for module in fast.modules() if isinstance(module, FusedLayers) for p in module.parameters()]
+    if not weights:
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
-    return FusedModel(model)
+    return FusedModel(copy.deepcopy(fast, {id(p): p for p in weights}))

@@ -212,7 +212,8 @@ class Kind(IntEnum):
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """Weights of layers as one tensor ``[n]``: one behind the other, each from a multiple of 16 values on."""
-    return torch.cat([F.pad(t.flatten(), (0, -t.numel() % PANEL)) for t in tensors])
+    pieces = [piece for t in tensors for piece in (t.flatten(), t.new_zeros(-t.numel() % PANEL))]
+    return torch.cat(pieces)
 
 
 def _sizes(kind: Kind, settings: tuple[int, ...], channels: int) -> list[tuple[int, ...]]:

@@ -298,8 +298,12 @@ def test_changed_blocks_keep_their_own_forward(change, missing):
 
 def test_shared_blocks_stay_shared():
     shared = Residual(shvit_kernels.models.shvit.FFN(16, 32))
-    fast = fuse(nn.ModuleDict({"a": nn.Sequential(shared), "b": shared}).eval())
-    assert fast.model["a"] is fast.model["b"]
+    fast = fuse(nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "c": nn.Sequential(shared, shared)}).eval())
+    assert fast.model["a"] is fast.model["b"][0]
+    assert fast.model["c"].kinds == [Kind.FFN] * 2
+    x = images(8, channels=16, dtype=torch.float32)
+    with torch.no_grad():
+        assert_near(fast.model["c"](x), shared.eval()(shared(x)), 1e-5)
 
 
 # Habits of a module
