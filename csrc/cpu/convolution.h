@@ -1,4 +1,5 @@
-// Convolutions of 3x3 pixels and means over pixels, on images whose channels stand side by side. float32.
+// Convolutions of 3x3 pixels and means over pixels, on images whose channels stand side by side, and how they
+// come to stand so. float32.
 #pragma once
 
 #include "linear.h"
@@ -278,6 +279,25 @@ struct Depthwise {
       for (int64_t column = 1; column < inner; ++column) pixel(column, Count<0>{}, Count<0>{});
       if (!right_inside) pixel(out - 1, Count<0>{}, Count<1>{});
     }
+  }
+};
+
+// Channels side by side, from planes.
+template <int VB>
+struct ToRows {
+  using Params = shvit::RowsParams;
+  static constexpr int64_t kChannels = 4 * kPanel;  // of a task
+
+  static int64_t blocks(const Params& a) { return ceil_div(a.channels, kChannels); }
+  static Plan plan(const Params& a) {
+    return single_phase<float>(a.images * blocks(a), a.images * a.pixels * a.channels, 0);
+  }
+
+  static void run(const Params& a, int, int64_t task, char*) {
+    const int64_t image = task / blocks(a), channel = task % blocks(a) * kChannels;
+    const int64_t at = image * a.channels * a.pixels;
+    transpose(a.x + at + channel * a.pixels, a.pixels, min64(kChannels, a.channels - channel), a.pixels,
+              a.y + at + channel, a.channels);
   }
 };
 

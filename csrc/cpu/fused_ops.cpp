@@ -295,6 +295,12 @@ Shape patch_merging_step(const Image& x, const PatchMergingWeights& w, Buffers& 
   return out;
 }
 
+// Planes as rows.
+void rows_step(const Image& x, float* y) {
+  RowsParams params{x.shape.B, x.shape.C, x.shape.H * x.shape.W, x.data, y, nullptr};
+  run(kernels().rows, params);
+}
+
 // The kinds of layer of shvit_kernels/ops.py.
 enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging, kPool, kPointwise };
 
@@ -313,6 +319,7 @@ class Sequence {
                     layers.size());
     Image one = x;
     one.shape.B = 1;
+    one.channels_last = !reads_planes();
     Weights rest(weights);
     size_t constant = 0;
     for (size_t begin = 0; begin < layers.size(); begin = segments_.back().end) {
@@ -359,6 +366,10 @@ class Sequence {
     char* memory = nullptr;
   };
 
+  // The first convolution of a stem reads images as they come, other layers want their channels side by side.
+  bool reads_planes() const { return !x_.channels_last && layers_[0] == kConv3x3; }
+  bool turns_planes() const { return !x_.channels_last && layers_[0] != kConv3x3; }
+
   static bool halves(const int64_t* layer) {
     return layer[0] == kConv3x3 || layer[0] == kPatchMerging || (layer[0] == kDepthwise && layer[1] == 2);
   }
@@ -382,7 +393,7 @@ class Sequence {
   // Gives memory to the segments, the same to all for what is between their layers; returns its bytes.
   int64_t lay_out(Buffers& buffers) {
     for (Segment& s : segments_)
-      if (s.begin > 0) s.input = buffers.take(s.images * s.in.floats());
+      if (s.begin > 0 || turns_planes()) s.input = buffers.take(s.images * s.in.floats());
     const int64_t inputs = buffers.used();
     for (Segment& s : segments_) {
       s.memory = reinterpret_cast<char*>(buffers.take(0));
@@ -400,13 +411,11 @@ class Sequence {
     for (int64_t done = 0; done < count; done += s.images) {
       const int64_t images = std::min(s.images, count - done);
       Image x = x_;
-      if (number == 0) {
-        x.data += (first + done) * s.in.floats();
-      } else {
-        make(number - 1, first + done, images, s.input);
-        x = {s.in, s.input};
-      }
+      x.data += (first + done) * s.in.floats();
       x.shape.B = images;
+      if (number > 0) make(number - 1, first + done, images, s.input);
+      if (number == 0 && turns_planes()) rows_step(x, s.input);
+      if (s.input) x = {{images, s.in.C, s.in.H, s.in.W}, s.input};
       apply(s, x, y + done * s.out.floats());
     }
   }
@@ -565,8 +574,7 @@ Tensor pool(Tensor x) {
 Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> layers,
                 std::vector<double> constants) {
   const bool rows = x.dim() == 2;
-  Sequence all(weights, layers, constants,
-               rows ? rows_of(x) : image_of(x, !layers.empty() && layers[0] == kConv3x3));
+  Sequence all(weights, layers, constants, rows ? rows_of(x) : image_of(x, true));
   const Shape s = all.result();
   const Tensor y = rows || all.pools() ? torch::stable::new_empty(x, {s.B, s.C}) : empty_images(x, s);
   all.run(result(y));

@@ -155,6 +155,13 @@ struct MixerParams {
   void* workspace;
 };
 
+struct RowsParams {
+  int64_t images, channels, pixels;
+  const float* x;  // [images, channels, pixels]
+  float* y;        // [images, pixels, channels]
+  void* workspace;
+};
+
 struct PoolParams {
   int64_t images, pixels, channels;
   const float* x;
@@ -183,6 +190,7 @@ struct FusedKernels {
   Kernel<FfnParams> ffn;
   Kernel<MixerParams> mixer;
   Kernel<PoolParams> pool;
+  Kernel<RowsParams> rows;
 };
 
 struct MixerTrainKernels {

@@ -32,8 +32,8 @@ constexpr shvit::MixerTrainKernels mixer_train_kernels() {
 
 template <int VB>
 constexpr shvit::FusedKernels fused_kernels() {
-  return {kernel<Conv3x3<VB>>(), kernel<Depthwise<VB>>(), kernel<Pointwise<VB>>(),
-          kernel<Ffn<VB>>(),     kernel<Mixer<VB>>(),     kernel<Pool<VB>>()};
+  return {kernel<Conv3x3<VB>>(), kernel<Depthwise<VB>>(), kernel<Pointwise<VB>>(), kernel<Ffn<VB>>(),
+          kernel<Mixer<VB>>(),   kernel<Pool<VB>>(),      kernel<ToRows<VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.

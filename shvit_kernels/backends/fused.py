@@ -146,12 +146,7 @@ def _conv3x3(x: Tensor, *rest) -> Tensor:
 
 
 def _sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
-    if x.dim() == 2:
-        x = x.contiguous()
-    elif layers[0] == Kind.CONV3X3:
-        x = readable(x)
-    else:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous() if x.dim() == 2 else readable(x)
     return _OPERATORS["sequence"](x, weights, layers, constants)
 
 
