@@ -101,6 +101,8 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish,
 template <class T, int VB, int MR, int NV, class A, class Finish>
 __attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
                                                const Finish& finish, Ahead ahead) {
+  if constexpr (requires { finish.template prepare<MR, 1>(first); })
+    finish.template prepare<MR, NV * kLanes<T, VB>>(first);
   gemm_tile<T, VB, MR, NV>(first, a, b, finish, ahead);
 }
 
@@ -227,6 +229,12 @@ struct ColumnsFrom {
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
     finish(first, n, acc);
+  }
+  template <int MR, int Columns>
+  SHVIT_INLINE void prepare(int64_t first) const
+    requires requires { finish.template prepare<MR, Columns>(first, n); }
+  {
+    finish.template prepare<MR, Columns>(first, n);
   }
 };
 

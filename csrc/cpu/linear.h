@@ -17,6 +17,20 @@ struct LinearFinish {
   int64_t columns, ld;
   bool relu;
 
+  // Brings in what a tile reads and writes in the end, before its sums.
+  template <int MR, int Columns>
+  SHVIT_INLINE void prepare(int64_t row, int64_t column) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Columns; j += kPanel) {
+        const int64_t at = (row + i) * ld + column + j;
+        __builtin_prefetch(y + at, 1);
+        if (residual) __builtin_prefetch(residual + at, 0);
+      }
+    }
+  }
+
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t row, int64_t column, V (&acc)[MR][NV]) const {
     constexpr int W = kLanes<float, sizeof(V)>;
