@@ -20,13 +20,13 @@ struct LinearFinish {
   // Brings in what a tile reads and writes in the end, before its sums.
   template <int MR, int Columns>
   SHVIT_INLINE void prepare(int64_t row, int64_t column) const {
+    int64_t at = row * ld + column;
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < MR; ++i, at = next(at)) {
 #pragma GCC unroll 4
       for (int j = 0; j < Columns; j += kPanel) {
-        const int64_t at = (row + i) * ld + column + j;
-        __builtin_prefetch(y + at, 1);
-        if (residual) __builtin_prefetch(residual + at, 0);
+        __builtin_prefetch(y + at + j, 1);
+        if (residual) __builtin_prefetch(residual + at + j, 0);
       }
     }
   }
@@ -34,35 +34,37 @@ struct LinearFinish {
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t row, int64_t column, V (&acc)[MR][NV]) const {
     constexpr int W = kLanes<float, sizeof(V)>;
-    const int64_t at = row * ld + column, valid = columns - column;
+    const int64_t last = columns - column - (NV - 1) * W;  // values of the last vector, which can be cut
+    const auto get = [&](const float* p, int j) SHVIT_INLINE_LAMBDA {
+      return j < NV - 1 || last >= W ? load<V>(p + j * W) : load_some<sizeof(V)>(p + j * W, last);
+    };
     V b[NV];  // added last: a large one would cost every partial sum its low bits
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) b[j] = load_up_to<V>(bias + column + j * W, valid - j * W);
-    each_vector(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v += b[j]; });
-    if (residual) {
-      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-        v += load_up_to<V>(residual + at + i * ld + j * W, valid - j * W);
-      });
-    }
-    if (relu) each_vector(acc, [&](V& v, int, int) SHVIT_INLINE_LAMBDA { v = max0(v); });
-    if (valid >= NV * W) {
-      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA { store(y + at + i * ld + j * W, v); });
-    } else {  // only the last vector can be cut
-      each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-        float* to = y + at + i * ld + j * W;
-        if (j < NV - 1) {
-          store(to, v);
+    for (int j = 0; j < NV; ++j) b[j] = get(bias + column, j);
+    int64_t at = row * ld + column;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i, at = next(at)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        V v = acc[i][j] + b[j];
+        if (residual) v += get(residual + at, j);
+        if (relu) v = max0(v);
+        if (j < NV - 1 || last >= W) {
+          store(y + at + j * W, v);
         } else {
-          store_some<sizeof(V)>(to, v, valid - j * W);
+          store_some<sizeof(V)>(y + at + j * W, v, last);
         }
-      });
+      }
     }
   }
 
  private:
-  template <class V>
-  static SHVIT_INLINE V load_up_to(const float* p, int64_t valid) {
-    return valid >= kLanes<float, sizeof(V)> ? load<V>(p) : load_some<sizeof(V)>(p, valid);
+  // The same column, a row further. The addresses of all rows at once would not fit into the registers, and a
+  // compiler that sees through the sum would keep them.
+  SHVIT_INLINE int64_t next(int64_t at) const {
+    at += ld;
+    asm("" : "+r"(at));
+    return at;
   }
 };
 
