@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accelerate import is_stock_shsa
 from .backends import eager, fused
-from .modules import is_plain
-from .ops import Kind, flatten, pack
+from .modules import hooks_on_all_modules, is_plain
+from .ops import CODE, Kind, flatten, pack
 
 
 class _Inference(nn.Module):
@@ -29,7 +29,7 @@ class FusedLayers(_Inference):
     """Layers one after the other as one operator (``backends.fused.sequence``).
 
     Args:
-        code: four integers for each layer, its kind and its settings.
+        code: ``ops.CODE`` integers for each layer, its kind, the channels of its input and its settings.
         constants: those of all layers.
         weights: of all layers, flattened; None if they have none. A parameter that asks for no gradient.
     """
@@ -43,7 +43,7 @@ class FusedLayers(_Inference):
 
     @property
     def kinds(self) -> list[Kind]:
-        return [Kind(number) for number in self.code[::4]]
+        return [Kind(number) for number in self.code[::CODE]]
 
     def extra_repr(self) -> str:
         return ", ".join(kind.name.lower() for kind in self.kinds)
@@ -52,17 +52,17 @@ class FusedLayers(_Inference):
         return fused.operators(x).sequence(x, _weights([self]), self.code, self.constants)
 
 
-_POOL = FusedLayers([Kind.POOL, 0, 0, 0], [], None)
+_POOL = FusedLayers([int(Kind.POOL), 0, 0, 0, 0], [], None)
 
 
 def _weights(parts: list[FusedLayers]) -> list[Tensor]:
-    return [part._parameters["weights"] for part in parts if part._parameters["weights"] is not None]
+    return [w for w in (part.weights for part in parts) if w is not None]
 
 
 class _Whole:
-    """A SHViT as one operator from its stem to its head, until one of ``modules`` changes, the first of which it is.
+    """A SHViT as one operator from its stem to its head, until one of ``modules`` changes: itself and what it runs.
 
-    What is kept saves a call of one image 0.15 ms: nothing of it is in cache after the weights of a model.
+    To find the parts anew would take 0.1 ms of a call: after the weights of a model, none of this is in cache.
     """
 
     def __init__(self, parts: list[FusedLayers], modules: list[nn.Module]):
@@ -96,7 +96,7 @@ class _Whole:
 
     def operators(self, x: Tensor) -> fused.Operators | None:
         """The compiled kernels, if ``x`` is an image for them."""
-        if x.dim() != 4 or x.size(1) != self.code[3]:
+        if x.dim() != 4 or x.size(1) != self.code[1]:
             return None
         operators = fused.operators(x)
         return operators if operators is fused.NATIVE else None
@@ -124,7 +124,8 @@ class FusedModel(_Inference):
             return getattr(model, name)
 
     def forward(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not torch.compiler.is_compiling():
+        is_image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if is_image and not torch.compiler.is_compiling() and not hooks_on_all_modules():
             whole, model, x = self._whole, self._modules["model"], args[0]
             if whole is None or not whole.is_of(model):
                 whole = self._whole = _whole(model)
@@ -157,9 +158,11 @@ class _Plan(NamedTuple):
     weights: list[Tensor]
 
 
-def _layer(kind: Kind, *weights: Tensor, settings: tuple[int, ...] = (), constants: tuple[float, ...] = ()) -> _Plan:
-    """One layer. Those of its weights that were kept in a wider type are rounded to that of its last bias."""
-    code = [int(kind), *map(int, settings), 0, 0, 0][:4]
+def _layer(
+    kind: Kind, inputs: int, *weights: Tensor, settings: tuple[int, ...] = (), constants: tuple[float, ...] = ()
+) -> _Plan:
+    """One layer, its weights in the type of its last bias."""
+    code = [int(kind), inputs, *map(int, settings), 0, 0, 0][:CODE]
     return _Plan(code, list(constants), [w.to(weights[-1].dtype) for w in weights])
 
 
@@ -209,7 +212,7 @@ def _depthwise(module: nn.Module) -> _Plan | None:
 
 
 def _depthwise_layer(weight: Tensor, bias: Tensor) -> _Plan:
-    return _layer(Kind.DEPTHWISE, _taps(weight), bias, settings=(1, False))
+    return _layer(Kind.DEPTHWISE, bias.shape[0], _taps(weight), bias, settings=(1, False))
 
 
 def _residual(module: nn.Module) -> _Plan | None:
@@ -222,13 +225,15 @@ def _residual(module: nn.Module) -> _Plan | None:
             return None
         norm, pdim = inner.pre_norm, qkv[0].shape[1]
         weights = norm.weight, norm.bias, qkv[0], qkv[1], _packed(proj[0]), proj[1]
-        return _layer(Kind.MIXER, *weights, settings=(inner.qk_dim, pdim), constants=(norm.eps, inner.scale))
+        settings, constants = (inner.qk_dim, pdim), (norm.eps, inner.scale)
+        return _layer(Kind.MIXER, inner.dim, *weights, settings=settings, constants=constants)
     if _is(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
         convs = _conv(inner.pw1, 1), _conv(inner.pw2, 1)
         if not all(convs):
             return None
         (weight1, bias1), (weight2, bias2) = convs
-        return _layer(Kind.FFN, _packed(weight1), bias1, _packed(weight2), bias2, settings=bias1.shape)
+        weights = _packed(weight1), bias1, _packed(weight2), bias2
+        return _layer(Kind.FFN, bias2.shape[0], *weights, settings=(bias1.shape[0],))
     conv = _conv(inner, 3, depthwise=True)
     if conv is None:
         return None
@@ -261,7 +266,8 @@ def _patch_merging(module: nn.Module) -> _Plan | None:
         return None
     weights = [t for conv in convs for t in (_taps(conv[0]) if conv is conv2 else _packed(conv[0]), conv[1])]
     hidden, _, squeezed, _, outputs = (bias.shape[0] for _, bias in convs)
-    return _layer(Kind.PATCH_MERGING, *weights, settings=(hidden, squeezed, outputs))
+    inputs = convs[0][0].shape[1]
+    return _layer(Kind.PATCH_MERGING, inputs, *weights, settings=(outputs, hidden, squeezed))
 
 
 def _stem(module: nn.Module) -> _Plan | None:
@@ -278,7 +284,7 @@ def _stem(module: nn.Module) -> _Plan | None:
         weight, bias = conv
         outputs, inputs = weight.shape[:2]
         packed = pack(weight.permute(0, 2, 3, 1).flatten(1))
-        layers.append(_layer(Kind.CONV3X3, packed, bias, settings=(relu, outputs, inputs)))
+        layers.append(_layer(Kind.CONV3X3, inputs, packed, bias, settings=(outputs, relu)))
     return _joined(layers) if layers else None
 
 
@@ -298,7 +304,8 @@ def _norm_linear(module: nn.Module) -> _Plan | None:
         bias = bias + linear.bias
     dtype = linear.weight.dtype
     weight = (linear.weight * factor).to(dtype)
-    return _layer(Kind.POINTWISE, pack(weight), bias.to(dtype), settings=(False, weight.shape[0]))
+    outputs, inputs = weight.shape
+    return _layer(Kind.POINTWISE, inputs, pack(weight), bias.to(dtype), settings=(outputs, False))
 
 
 _RECOGNISED: tuple[Callable[[nn.Module], _Plan | None], ...] = (
@@ -312,8 +319,6 @@ _RECOGNISED: tuple[Callable[[nn.Module], _Plan | None], ...] = (
 
 def _plan(module: nn.Module) -> _Plan | None:
     """The layers that a module runs one after the other, none for an identity; None if it does anything else."""
-    if isinstance(module, FusedLayers):
-        return _Plan(module.code, module.constants, _weights([module]))
     if type(module) is nn.Identity and is_plain(module):
         return _joined([])
     for recognise in _RECOGNISED:
@@ -328,8 +333,12 @@ def _plan(module: nn.Module) -> _Plan | None:
         return None
     if any(type(child).__name__ == "StageBlock" for child in children.values()):
         return None  # models take the stages out of their sequence
-    plans = [_plan(children[name]) for name in order]
-    return None if None in plans else _joined(plans)
+    plans = []
+    for name in order:
+        if (plan := _plan(children[name])) is None:
+            return None
+        plans.append(plan)
+    return _joined(plans)
 
 
 def _whole(model: nn.Module) -> _Whole | None:
@@ -414,10 +423,11 @@ def fuse(model: nn.Module) -> FusedModel:
         )
     if isinstance(model, FusedModel):
         return copy.deepcopy(model)
-    # What is replaced is never copied, which halves the memory; what stays is, in the end.
+    # What is replaced is never copied, which halves the memory; what stays is copied at the end.
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     fast = _replace(copy.deepcopy(model, shared).eval(), {})
-    weights = [p for module in fast.modules() if isinstance(module, FusedLayers) for p in module.parameters()]
-    if not weights:
+    layers = [module for module in fast.modules() if isinstance(module, FusedLayers)]
+    if not layers:
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
-    return FusedModel(copy.deepcopy(fast, {id(p): p for p in weights}))
+    new = {id(p): p for module in layers for p in module.parameters() if id(p) not in shared}
+    return FusedModel(copy.deepcopy(fast, new))

@@ -66,7 +66,7 @@ class Conv2dNorm(nn.Sequential):
         return fused.train(self.training)
 
 
-def _hooks_on_all_modules() -> bool:
+def hooks_on_all_modules() -> bool:
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -228,7 +228,7 @@ class SHSA(nn.Module):
 
     def with_residual(self, x: Tensor) -> Tensor:
         """``x + self(x)``, in training by one operator where there is one."""
-        if is_plain(self) and not _hooks_on_all_modules():
+        if is_plain(self) and not hooks_on_all_modules():
             return self._run(x, residual=True)
         return x + self(x)
 
@@ -302,7 +302,7 @@ class SHSA(nn.Module):
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
         norm = self.pre_norm
-        if _hooks_on_all_modules() or not _is_group_norm1(norm):
+        if hooks_on_all_modules() or not _is_group_norm1(norm):
             return None
         projection = _conv_and_norm(self.qkv)
         if projection is None:

@@ -12,8 +12,9 @@ X there are
 
 the residual attention layer in training, for the CPU alone: mixer_train_forward, mixer_train_backward; and the
 operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
-fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images and packed weights, in
-float32; ``backends.fused`` says what each computes.
+fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images (a sequence NCHW ones and
+rows too) and packed weights (a sequence those of all layers, flattened), in float32; ``backends.fused`` says what each
+computes.
 
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and
@@ -25,6 +26,7 @@ autograd.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -199,15 +201,20 @@ def _empty_rows(like: Tensor, channels: int, stride: int = 1) -> Tensor:
 
 
 class Kind(IntEnum):
-    """The layers that a sequence is made of; the numbers that follow a kind are its settings."""
+    """The layers that a sequence is made of. Each is ``CODE`` integers: a kind, the channels of its input (0 for
+    pooling, which takes any) and these settings, then zeros.
+    """
 
-    CONV3X3 = 0  # relu, outputs, inputs
+    CONV3X3 = 0  # outputs, relu
     DEPTHWISE = 1  # stride, relu
     FFN = 2  # hidden
     MIXER = 3  # qk_dim, pdim; and two constants, norm_eps and scale
-    PATCH_MERGING = 4  # hidden, squeezed, outputs
+    PATCH_MERGING = 4  # outputs, hidden, squeezed
     POOL = 5
-    POINTWISE = 6  # relu, outputs
+    POINTWISE = 6  # outputs, relu
+
+
+CODE = 5
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
@@ -216,15 +223,15 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
-def _sizes(kind: Kind, settings: tuple[int, ...], channels: int) -> list[tuple[int, ...]]:
-    """The weights of a layer, in their order."""
+def _shapes(kind: Kind, channels: int, settings: list[int]) -> list[tuple[int, ...]]:
+    """Those of the weights of a layer, in their order."""
 
     def linear(outputs: int, inputs: int) -> list[tuple[int, ...]]:
         return [(-(-outputs // PANEL), inputs, PANEL), (outputs,)]
 
     first, second, third = settings
     if kind == Kind.CONV3X3:
-        return linear(second, 9 * channels)
+        return linear(first, 9 * channels)
     if kind == Kind.DEPTHWISE:
         return [(9, channels), (channels,)]
     if kind == Kind.FFN:
@@ -233,36 +240,58 @@ def _sizes(kind: Kind, settings: tuple[int, ...], channels: int) -> list[tuple[i
         outputs = 2 * first + second
         return [(second,), (second,), (outputs, second), (outputs,), *linear(channels, channels)]
     if kind == Kind.PATCH_MERGING:
-        squeeze_excite = linear(second, first) + linear(first, second)
-        return [*linear(first, channels), (9, first), (first,), *squeeze_excite, *linear(third, first)]
-    return linear(second, channels) if kind == Kind.POINTWISE else []
+        squeeze_excite = linear(third, second) + linear(second, third)
+        return [*linear(second, channels), (9, second), (second,), *squeeze_excite, *linear(first, second)]
+    return linear(first, channels) if kind == Kind.POINTWISE else []
 
 
 def layers_of(
     layers: list[int], weights: list[Tensor], channels: int
-) -> Iterator[tuple[Kind, tuple[int, ...], list[Tensor]]]:
-    """Each layer of a sequence: its kind, its settings, and its part of the flattened weights."""
-    rest, flat, at = iter(weights), None, 0
-    for number, *settings in zip(*[iter(layers)] * 4, strict=True):
-        own = []
-        for size in _sizes(Kind(number), settings, channels):
-            if flat is None or at == flat.shape[0]:
-                flat, at = next(rest), 0
-            values = math.prod(size)
-            own.append(flat.narrow(0, at, values).view(size))
-            at += values + -values % PANEL
-        channels = own[-1].shape[0] if own else channels
-        yield Kind(number), tuple(settings), own
+) -> Iterator[tuple[Kind, list[int], list[Tensor]]]:
+    """Each layer of a sequence on an image of so many channels: its kind, its settings, its part of the weights.
+
+    Raises:
+        ValueError: if the layers do not fit the image or one another, or do not take just these weights.
+    """
+    rest = list(weights)
+    flat, left = None, 0
+    for number, inputs, *settings in zip(*[iter(layers)] * CODE, strict=True):
+        kind, own = Kind(number), []
+        if kind != Kind.POOL and inputs != channels:
+            raise ValueError(f"x must have {inputs} channels at a {kind.name} layer, got {channels}")
+        shapes = _shapes(kind, inputs, settings)
+        for shape in shapes:
+            if left == 0:
+                if not rest:
+                    raise ValueError(f"the layers take more weights than the {len(weights)} tensors have")
+                flat = rest.pop(0)
+                left = flat.shape[0]
+            values = math.prod(shape)
+            own.append(flat.narrow(0, flat.shape[0] - left, values).view(shape))
+            left -= values + -values % PANEL
+        channels = shapes[-1][0] if shapes else channels  # those of the last bias
+        yield kind, settings, own
+    if left or rest:
+        raise ValueError(f"the layers take fewer weights than the {len(weights)} tensors have")
+
+
+def as_images(x: Tensor) -> Tensor:
+    """Rows ``[B, C]`` as images of one pixel; images as they are."""
+    return x[:, :, None, None] if x.dim() == 2 else x
+
+
+def gives_rows(x: Tensor, layers: list[int]) -> bool:
+    """Whether a sequence gives rows ``[B, C]``."""
+    return x.dim() == 2 or Kind.POOL in layers[::CODE]
 
 
 def _fake_sequence(x, weights, layers, constants):
     """The width is that of the last bias, and some kinds of layer halve the sides."""
-    rows = x.dim() == 2 or Kind.POOL in layers[::4]
-    like = x[:, :, None, None] if x.dim() == 2 else x
+    image = as_images(x)
     for kind, settings, own in layers_of(layers, weights, x.shape[1]):
         halves = kind in (Kind.CONV3X3, Kind.PATCH_MERGING) or (kind == Kind.DEPTHWISE and settings[0] == 2)
-        like = _empty_rows(like, own[-1].shape[0] if own else like.shape[1], 2 if halves else 1)
-    return like.new_empty(like.shape[:2]) if rows else like
+        image = _empty_rows(image, own[-1].shape[0] if own else image.shape[1], 2 if halves else 1)
+    return image.new_empty(image.shape[:2]) if gives_rows(x, layers) else image
 
 
 _FUSED_FAKES = {
@@ -292,7 +321,7 @@ def _on_one_device(fake: Callable) -> Callable:
     """The dispatcher takes a fake kernel wherever one argument is on meta; for real values the result is garbage."""
 
     def checked(x: Tensor, *rest):
-        for t in rest:
+        for t in chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in rest):
             if isinstance(t, Tensor) and t.device != x.device:
                 raise ValueError(f"all tensors must be on one device, got {x.device} and {t.device}")
         return fake(x, *rest)

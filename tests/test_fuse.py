@@ -123,7 +123,7 @@ def test_sequences_compute_what_their_layers_do():
             constants = iter(sequence.constants)
             for kind, settings, weights in layers_of(sequence.code, [sequence.weights], x.shape[1]):
                 own = list(islice(constants, 2 if kind == Kind.MIXER else 0))
-                x = FusedLayers([kind, *settings], own, flatten(weights))(x)
+                x = FusedLayers([kind, x.shape[1], *settings], own, flatten(weights))(x)
         assert torch.equal(whole, x)
 
 
@@ -251,6 +251,33 @@ def test_a_block_alone():
     assert str(fast.model) == "FusedLayers(ffn)"
     x = images(8, channels=16)
     assert_near(outputs(fast, x), outputs(block, x), 1e-9)
+
+
+def test_replicas_of_data_parallel():
+    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).eval()).model
+    replica = layers._replicate_for_data_parallel()
+    replica.weights = layers.weights.clone()
+    x = images(8, channels=16, dtype=torch.float32)
+    assert torch.equal(outputs(replica, x), outputs(layers, x))
+
+
+def test_fused_parts_stay_fused():
+    fast = fuse(small())
+    x = images(64, 2, dtype=torch.float32)
+    expected = outputs(fast, x)
+    for again in (fuse(fast), fuse(fast.model)):
+        assert torch.equal(outputs(again, x), expected)
+    more = fuse(nn.Sequential(fast, nn.Softmax(1)).eval())
+    assert torch.equal(outputs(more, x), expected.softmax(1))
+    mine, original = ({p.data_ptr() for p in model.parameters()} for model in (more, fast))
+    assert len(mine) == len(original) and not mine & original
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_of_another_width_are_refused(dtype):
+    fast = fuse(official()).to(dtype)
+    with pytest.raises((RuntimeError, ValueError), match=r"x must have 3 channels at .*, got 1"):
+        fast(torch.zeros(2, 1, 64, 64, dtype=dtype))
 
 
 # What is not stock stays as it is

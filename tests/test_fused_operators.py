@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shvit_kernels.backends import fused
-from shvit_kernels.ops import flatten, pack, unpack
+from shvit_kernels.ops import Kind, flatten, pack, unpack
 from tests.support import native as native_tier
 from tests.support.numerics import (
     Call,
@@ -114,7 +114,14 @@ def sequence(B, C, H, W, width=24, P=10, D=3):
         **{"last": (9, 37), "last_bias": (37,)},
     }
     packed = ("stem", "proj", "weight1", "weight2", *merging_packed)
-    layers = [0, 1, width, C, 1, 1, 0, 0, 3, D, P, 0, 2, 50, 0, 0, 4, 4 * width, 24, 37, 1, 2, 1, 0]
+    layers = [
+        *(Kind.CONV3X3, C, width, 1, 0),
+        *(Kind.DEPTHWISE, width, 1, 0, 0),
+        *(Kind.MIXER, width, D, P, 0),
+        *(Kind.FFN, width, 50, 0, 0),
+        *(Kind.PATCH_MERGING, width, 37, 4 * width, 24),
+        *(Kind.DEPTHWISE, 37, 2, 1, 0),
+    ]
     return Operation("sequence", (B, C, H, W), weights, packed, (layers, [1e-5, D**-0.5]))
 
 
@@ -122,7 +129,7 @@ def merging(B, C, H, W, outputs, squeezed):
     """Patch merging and the head of a model."""
     weights, packed = patch_merging(C, outputs, squeezed)
     weights |= {"head": (11, outputs), "head_bias": (11,)}
-    layers = [4, 4 * C, squeezed, outputs, 5, 0, 0, 0, 6, 0, 11, 0]
+    layers = [Kind.PATCH_MERGING, C, outputs, 4 * C, squeezed, Kind.POOL, 0, 0, 0, 0, Kind.POINTWISE, outputs, 11, 0, 0]
     return Operation("sequence", (B, C, H, W), weights, (*packed, "head"), (layers, []))
 
 
@@ -130,7 +137,7 @@ def stem(B, C, H, W, *widths):
     """Convolutions of stride 2, the first two of which are one step."""
     weights, layers, inputs = {}, [], C
     for i, width in enumerate(widths):
-        layers += [0, 1, width, inputs]
+        layers += [Kind.CONV3X3, inputs, width, 1, 0]
         weights |= {f"conv{i}": (width, 9 * inputs), f"bias{i}": (width,)}
         inputs = width
     packed = tuple(name for name in weights if name.startswith("conv"))
@@ -275,7 +282,7 @@ def test_weights_of_another_size_are_refused(operation):
         if name == "x":
             continue
         wrong = torch.cat([tensor, tensor])
-        with pytest.raises(RuntimeError, match=r"must have|must be packed|must lie|than are given"):
+        with pytest.raises(RuntimeError, match=r"must have|must be packed|must lie|tensors have|channels at"):
             native(operation, **{name: wrong})
 
 
@@ -285,20 +292,37 @@ def test_other_types_are_refused(operation):
         native(operation, x=operation.call().inputs["x"].double())
 
 
-def test_sequences_that_do_not_add_up_are_refused():
+@pytest.mark.parametrize("operators", [fused.NATIVE, fused.SPECIFICATION], ids=["native", "specification"])
+def test_sequences_that_do_not_add_up_are_refused(operators):
+    call = SMALL[-1].call()
+    x = call.inputs["x"]
+    (weights,), layers, constants = SMALL[-1].arguments(call.inputs)
+    for given, message in (
+        (([], layers, constants), "take more weights than the 0 tensors have"),
+        (([weights, weights[:16]], layers, constants), "take fewer weights than the 2 tensors have"),
+        (([weights], [*layers[:5], Kind.DEPTHWISE, 23, *layers[7:]], constants), "must have 23 channels at .*, got 24"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            operators.sequence(x, *given)
+    with pytest.raises((RuntimeError, ValueError), match=r"x must have 3 channels at .*, got 1"):
+        operators.sequence(x[:, :1], [weights], layers, constants)
+
+
+def test_more_that_the_compiled_sequence_refuses():
     call = SMALL[-1].call()
     (weights,), layers, constants = SMALL[-1].arguments(call.inputs)
     for given, message in (
-        (([weights[:-1]], layers, constants), "take more weights than are given"),
-        (([weights, weights[:1]], layers, constants), "take fewer weights than are given"),
-        (([weights], layers[:-1], constants), "four integers each, got 23"),
+        (([weights[:-1]], layers, constants), "take more weights than the 1 tensors have"),
+        (([weights], layers[:-1], constants), "5 integers each, got 29"),
+        (([weights], [], constants), "5 integers each, got 0"),
         (([weights], layers, constants[:1]), "take more than 1 constants"),
         (([weights], [9, *layers[1:]], constants), "no layer of kind 9"),
         (([weights], [*layers[:2], 2**60, *layers[3:]], constants), r"between 1 and 2\^24, got 1152921504606846976"),
-        (([weights], [*layers[:3], 2, *layers[4:]], constants), "x must have 2 channels, got 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.shvit_kernels.fused_sequence(call.inputs["x"], *given)
+    with pytest.raises(RuntimeError, match=r"between 1 and 2\^24"):
+        torch.ops.shvit_kernels.fused_sequence(torch.empty(0, 2**60, 1, 1), [weights], [3, 2**60, *layers[2:5]], [])
 
 
 def test_the_weights_of_a_sequence_may_be_several_tensors():
@@ -316,9 +340,10 @@ def test_rows_are_images_of_one_pixel(operators):
     head = pointwise(7, 21, 1, 1, 11, scale=False).call()
     weights = flatten((pack(head.inputs["weight"]), head.inputs["bias"]))
     x = head.inputs["x"]
-    y = operators.sequence(x.flatten(1)[:, ::1], [weights], [6, 0, 11, 0], [])
-    assert y.shape == (7, 11)
-    torch.testing.assert_close(y, F.linear(x.flatten(1), head.inputs["weight"], head.inputs["bias"]))
+    rows = torch.cat([x.flatten(1)] * 2, 1)[:, : x.shape[1]]
+    y = operators.sequence(rows, [weights], [Kind.POINTWISE, 21, 11, 0, 0], [])
+    assert y.shape == (7, 11) and not rows.is_contiguous()
+    torch.testing.assert_close(y, F.linear(rows, head.inputs["weight"], head.inputs["bias"]))
 
 
 def test_strided_images_are_refused_by_the_bare_operators():

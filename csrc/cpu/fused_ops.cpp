@@ -1,8 +1,7 @@
-// The operators of fused models (shvit_kernels/ops.py) for CPU tensors: float32, channels side by side, packed
-// weights.
+// The operators of fused models (shvit_kernels/ops.py) for CPU tensors: float32, packed weights.
 //
-// A step is one layer from memory to memory. It checks its weights and says what image it makes; with a null
-// result it does no more, so that memory can be found first.
+// A step is one layer from memory to memory, of images whose channels stand side by side. It says what image it
+// makes; with a null result it does no more, so that memory can be found first.
 
 #include <algorithm>
 #include <optional>
@@ -82,11 +81,15 @@ class Weights {
     for (const Tensor& t : tensors) parameter("weights", t, t.numel());
   }
 
+  // Far beyond any layer, and far from overflow.
+  static void check_width(int64_t n) {
+    STD_TORCH_CHECK(n >= 1 && n <= 1 << 24, "the widths of a layer must lie between 1 and 2^24, got ", n);
+  }
   const float* take(int64_t count) {
     skip_read();
     const int64_t taken = (count + kPanel - 1) / kPanel * kPanel;
     STD_TORCH_CHECK(tensor_ < tensors_->size() && taken <= current().numel() - at_,
-                    "the layers take more weights than are given");
+                    "the layers take more weights than the ", tensors_->size(), " tensors have");
     at_ += taken;
     return floats(current()) + at_ - taken;
   }
@@ -123,14 +126,11 @@ class Weights {
 
   void check_all_taken() {
     skip_read();
-    STD_TORCH_CHECK(tensor_ == tensors_->size(), "the layers take fewer weights than are given");
+    STD_TORCH_CHECK(tensor_ == tensors_->size(), "the layers take fewer weights than the ", tensors_->size(),
+                    " tensors have");
   }
 
  private:
-  // Far beyond any layer, and far from overflow.
-  static void check_width(int64_t n) {
-    STD_TORCH_CHECK(n >= 1 && n <= 1 << 24, "the widths of a layer must lie between 1 and 2^24, got ", n);
-  }
   const Tensor& current() const { return (*tensors_)[tensor_]; }
   void skip_read() {
     while (tensor_ < tensors_->size() && at_ >= current().numel()) {
@@ -303,8 +303,9 @@ void rows_step(const Image& x, float* y) {
 
 // The kinds of layer of shvit_kernels/ops.py.
 enum Kind : int64_t { kConv3x3, kDepthwise, kFfn, kMixer, kPatchMerging, kPool, kPointwise };
+constexpr size_t kCode = 5;  // integers of a layer: its kind, the channels of its input and three settings
 
-// A sequence of layers, each given by four integers (its kind and settings), weights and constants.
+// A sequence of layers, each given by its code, weights and constants.
 //
 // It is cut into segments where images get smaller. A segment takes as many images at a time as keep their
 // tokens in cache, and asks the one before for them: so few images of the first layers and more of the last are
@@ -315,8 +316,9 @@ class Sequence {
   Sequence(const std::vector<Tensor>& weights, const std::vector<int64_t>& layers,
            const std::vector<double>& constants, const Image& x)
       : layers_(layers), constants_(constants), x_(x) {
-    STD_TORCH_CHECK(!layers.empty() && layers.size() % 4 == 0, "layers must be four integers each, got ",
-                    layers.size());
+    STD_TORCH_CHECK(!layers.empty() && layers.size() % kCode == 0, "layers must be ", kCode,
+                    " integers each, got ", layers.size());
+    Weights::check_width(x.shape.C);
     Image one = x;
     one.shape.B = 1;
     one.channels_last = !reads_planes();
@@ -336,12 +338,13 @@ class Sequence {
     return s;
   }
   bool pools() const {
-    for (size_t layer = 0; layer < layers_.size(); layer += 4)
+    for (size_t layer = 0; layer < layers_.size(); layer += kCode)
       if (layers_[layer] == kPool) return true;
     return false;
   }
 
   void run(float* y) {
+    if (x_.shape.B == 0) return;
     Buffers measured(nullptr);
     const Memory memory(sequence_arena(), lay_out(measured), kKeptSequence);
     Buffers buffers(memory.data());
@@ -354,7 +357,7 @@ class Sequence {
   static constexpr int64_t kTokens = 256;
 
   struct Segment {
-    size_t begin, end;    // layers, four integers each
+    size_t begin, end;    // layers, from integer to integer
     Weights weights;      // from its first one on
     size_t constant;      // its first one
     Shape in, out;        // of one image
@@ -362,7 +365,7 @@ class Sequence {
     int64_t scratch = 0;  // bytes of one image, of a layer
     // Floats of one image: results between layers alternate between two pieces of memory.
     int64_t between[2] = {};
-    float* input = nullptr;  // made by the segment before
+    float* input = nullptr;  // made by the segment before, or from planes
     char* memory = nullptr;
   };
 
@@ -371,7 +374,7 @@ class Sequence {
   bool turns_planes() const { return !x_.channels_last && layers_[0] != kConv3x3; }
 
   static bool halves(const int64_t* layer) {
-    return layer[0] == kConv3x3 || layer[0] == kPatchMerging || (layer[0] == kDepthwise && layer[1] == 2);
+    return layer[0] == kConv3x3 || layer[0] == kPatchMerging || (layer[0] == kDepthwise && layer[2] == 2);
   }
 
   // The segment that starts with layer `begin`.
@@ -411,10 +414,13 @@ class Sequence {
     for (int64_t done = 0; done < count; done += s.images) {
       const int64_t images = std::min(s.images, count - done);
       Image x = x_;
-      x.data += (first + done) * s.in.floats();
       x.shape.B = images;
-      if (number > 0) make(number - 1, first + done, images, s.input);
-      if (number == 0 && turns_planes()) rows_step(x, s.input);
+      if (number == 0) {
+        x.data += (first + done) * s.in.floats();
+        if (turns_planes()) rows_step(x, s.input);
+      } else {
+        make(number - 1, first + done, images, s.input);
+      }
       if (s.input) x = {{images, s.in.C, s.in.H, s.in.W}, s.input};
       apply(s, x, y + done * s.out.floats());
     }
@@ -433,46 +439,47 @@ class Sequence {
 
   // Integers of a step: those of one layer, or of both convolutions that a stem starts with.
   size_t length(size_t layer) const {
-    return layer == 0 && layers_.size() > 4 && layers_[0] == kConv3x3 && layers_[4] == kConv3x3 ? 8 : 4;
-  }
-
-  Packed conv3x3_weights(const Image& x, const int64_t* layer, Weights& weights) const {
-    STD_TORCH_CHECK(x.shape.C == layer[3], "x must have ", layer[3], " channels, got ", x.shape.C);
-    return weights.packed(9 * x.shape.C, layer[2]);
+    const bool pair =
+        layer == 0 && layers_.size() > kCode && layers_[0] == kConv3x3 && layers_[kCode] == kConv3x3;
+    return pair ? 2 * kCode : kCode;
   }
 
   // Runs the layer (or two) at `at`, which then is the next one.
   Shape step(const Image& x, size_t& at, Weights& weights, size_t& constant, Buffers& buffers, float* y) const {
     const int64_t* layer = &layers_[at];
-    const int64_t C = x.shape.C;
-    const bool pair = length(at) == 8;
+    const int64_t *settings = layer + 2, C = layer[1];
+    const bool pair = length(at) > kCode;
     at += length(at);
+    STD_TORCH_CHECK(layer[0] == kPool || x.shape.C == C, "x must have ", C, " channels at layer ",
+                    (layer - layers_.data()) / kCode, ", got ", x.shape.C);
     switch (layer[0]) {
       case kConv3x3: {
-        const Packed w = conv3x3_weights(x, layer, weights);
-        if (!pair) return conv3x3_step(x, w, layer[1] != 0, y);
-        const int64_t* next = layer + 4;
-        const Packed next_w = conv3x3_weights({{1, w.outputs, 1, 1}, nullptr}, next, weights);
-        return conv3x3_pair_step(x, w, layer[1] != 0, next_w, next[1] != 0, y);
+        const Packed w = weights.packed(9 * C, settings[0]);
+        if (!pair) return conv3x3_step(x, w, settings[1] != 0, y);
+        const int64_t* next = layer + kCode;
+        STD_TORCH_CHECK(next[1] == w.outputs, "x must have ", next[1], " channels at layer 1, got ", w.outputs);
+        return conv3x3_pair_step(x, w, settings[1] != 0, weights.packed(9 * w.outputs, next[2]), next[3] != 0,
+                                 y);
       }
       case kDepthwise:
-        return depthwise_step(x, nullptr, weights.depthwise(C), layer[1], layer[2] != 0, y);
+        return depthwise_step(x, nullptr, weights.depthwise(C), settings[0], settings[1] != 0, y);
       case kFfn:
-        return ffn_step(x, weights.ffn(C, layer[1]), y);
+        return ffn_step(x, weights.ffn(C, settings[0]), y);
       case kMixer: {
         STD_TORCH_CHECK(constant + 2 <= constants_.size(), "the layers take more than ", constants_.size(),
                         " constants");
         constant += 2;
-        return mixer_step(x, weights.mixer(C, layer[1], layer[2]), layer[1], constants_[constant - 2],
+        return mixer_step(x, weights.mixer(C, settings[0], settings[1]), settings[0], constants_[constant - 2],
                           constants_[constant - 1], y);
       }
       case kPatchMerging:
-        return patch_merging_step(x, weights.patch_merging(C, layer[1], layer[2], layer[3]), buffers, y);
+        return patch_merging_step(x, weights.patch_merging(C, settings[1], settings[2], settings[0]), buffers,
+                                  y);
       case kPool:
         return pool_step(x, y);
       case kPointwise:
-        return pointwise_step(x, nullptr, weights.packed(C, layer[2]),
-                              layer[1] != 0 ? Activation::kRelu : Activation::kNone, y);
+        return pointwise_step(x, nullptr, weights.packed(C, settings[0]),
+                              settings[1] != 0 ? Activation::kRelu : Activation::kNone, y);
       default:
         STD_TORCH_CHECK(false, "there is no layer of kind ", layer[0]);
     }

@@ -53,15 +53,16 @@ constexpr int kTileRows = kRegisters<VB> >= 28   ? (Deep ? 12 : 4)
                                                  : (Deep ? 1 : 4);
 
 // Memory that is brought into the second-level cache while something is computed: `lines` of it with every
-// kRows rows of B. A burst would keep loads waiting.
+// kRows rows of B, as a burst would keep loads waiting.
 struct Ahead {
   static constexpr int64_t kLine = 64, kRows = 4;  // bytes, rows of B
   static constexpr int kLevel = 2;                 // of __builtin_prefetch: the second-level cache
-  const char* next = nullptr;
-  int64_t bytes = 0, lines = 0;
+  const char *next = nullptr, *end = nullptr;
+  int64_t lines = 0;
 
   Ahead part(int64_t i, int64_t parts) const {
-    return {next + bytes * i / parts, bytes / parts, (lines + parts - 1) / parts};
+    const int64_t bytes = end - next;
+    return {next + bytes * i / parts, next + bytes * (i + 1) / parts, (lines + parts - 1) / parts};
   }
 };
 
@@ -77,7 +78,7 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish,
     const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
     for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
       if (k % Ahead::kRows == 0)
-        for (int64_t i = 0; i < ahead.lines; ++i, ahead.next += Ahead::kLine)
+        for (int64_t i = 0; i < ahead.lines && ahead.next < ahead.end; ++i, ahead.next += Ahead::kLine)
           __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
       V row[NV];
 #pragma GCC unroll 4
@@ -239,8 +240,7 @@ struct ColumnsFrom {
 };
 
 // Packed weights [ceil(columns / 16), rows, 16]. Those that come from memory, rather than from cache, are
-// brought in as the columns before them are computed; behind the last of them lies what is read next, in a
-// sequence.
+// brought in as the columns before them are computed. Behind the last of them lies what the next layer reads.
 template <class T>
 struct PackedWeights {
   const T* data;
@@ -250,12 +250,12 @@ struct PackedWeights {
   SHVIT_INLINE const T* at(int64_t column) const {
     return data + column / kPanel * rows * kPanel + column % kPanel;
   }
-  // As much as `width` columns, from the panel at or behind `column` on.
-  SHVIT_INLINE Ahead ahead(int64_t column, int64_t width) const {
+  // As much as `width` columns, from a panel behind column `n` on.
+  SHVIT_INLINE Ahead ahead(int64_t n, int64_t width) const {
     if (!from_memory) return {};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const T* next = at((column + kPanel - 1) / kPanel * kPanel);
-    return {reinterpret_cast<const char*>(next), rows * row_bytes, Ahead::kRows * row_bytes / Ahead::kLine};
+    const char* next = reinterpret_cast<const char*>(data + (n + (width > kPanel ? width : kPanel)) * rows);
+    return {next, next + rows * row_bytes, Ahead::kRows * row_bytes / Ahead::kLine};
   }
 };
 
@@ -267,7 +267,7 @@ SHVIT_INLINE int64_t packed_columns(int64_t M, A a, PackedWeights<T> b, int64_t 
   constexpr int64_t W = kLanes<T, VB>;
   for (; end - n > rest; n += NV * W)
     gemm_column<T, VB, NV, MR>(M, a, {b.at(n), kPanel, W < kPanel ? W : b.rows * kPanel},
-                               ColumnsFrom<Finish, W>{finish, n}, b.ahead(n + NV * W, NV * W));
+                               ColumnsFrom<Finish, W>{finish, n}, b.ahead(n, NV * W));
   return n;
 }
 

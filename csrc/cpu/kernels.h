@@ -1,7 +1,8 @@
 // What the operators (ops.cpp) and the kernels share: plain structs and function pointers, no PyTorch.
 //
 // A kernel is a sequence of phases; a phase is a number of independent tasks. How the work is cut depends on
-// the sizes only, and every sum has a fixed order, so results do not depend on the number of threads.
+// the sizes (the rows of a stem, no two of which share a sum, also on the number of threads), and every sum has
+// a fixed order, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

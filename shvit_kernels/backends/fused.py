@@ -1,7 +1,7 @@
 """The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 on the CPU.
 
 Weights are packed: ``[ceil(outputs / 16), inputs, 16]``, the same on every instruction set and in every state dict.
-A sequence of layers has all its weights in one tensor, in the order in which they are read.
+A sequence has those of several layers in one tensor, in the order in which they are read.
 Images are ``[B, C, H, W]``, channels_last inside a model.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Kind, layers_of, readable, unpack
+from ..ops import Kind, as_images, gives_rows, layers_of, readable, unpack
 from . import choose, cpu, eager
 
 
@@ -88,31 +88,29 @@ def patch_merging(
 
 
 def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
-    """One layer after the other: each is four integers (a ``Kind``, settings, zeros), weights and constants.
+    """One layer after the other: each is some integers (``ops.Kind``), weights and constants.
 
     Weights are flattened tensors (``ops.flatten``), each of one or more layers. ``x`` may be rows ``[B, C]``, images of
     one pixel. The result is ``[B, C]`` if ``x`` is, or if there is pooling.
     """
     constants = iter(constants)
-    rows = x.dim() == 2 or Kind.POOL in layers[::4]
-    if x.dim() == 2:
-        x = x[:, :, None, None]
+    image = as_images(x)
     for kind, (first, second, _), own in layers_of(layers, weights, x.shape[1]):
         if kind == Kind.CONV3X3:
-            x = conv3x3(x, *own, bool(first))
+            image = conv3x3(image, *own, bool(second))
         elif kind == Kind.DEPTHWISE:
-            x = depthwise(x, *own, first, bool(second))
+            image = depthwise(image, *own, first, bool(second))
         elif kind == Kind.FFN:
-            x = ffn(x, *own)
+            image = ffn(image, *own)
         elif kind == Kind.MIXER:
-            x = mixer(x, *own, first, next(constants), next(constants))
+            image = mixer(image, *own, first, next(constants), next(constants))
         elif kind == Kind.PATCH_MERGING:
-            x = patch_merging(x, *own)
+            image = patch_merging(image, *own)
         elif kind == Kind.POOL:
-            x = pool(x)[:, :, None, None]
+            image = pool(image)[:, :, None, None]
         else:
-            x = pointwise(x, None, *own, bool(first))
-    return x.flatten(1) if rows else x
+            image = pointwise(image, None, *own, bool(second))
+    return image.flatten(1) if gives_rows(x, layers) else image
 
 
 class Operators(NamedTuple):
