@@ -8,6 +8,11 @@ namespace {
 
 SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
+SHVIT_INLINE void prefetch(const float* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(float)))
+    __builtin_prefetch(row + i, 0, Ahead::kLevel);
+}
+
 // y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
 // ordered by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in
 // scratch with the padding at their ends: copied from memory, or made there by the convolution before.
@@ -84,11 +89,6 @@ struct Conv3x3 {
       gemm_packed<float, VB, kTile>(
           halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels, row == first_}, 0,
           a_.outputs, LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
-    }
-
-    static void prefetch(const float* row, int64_t count) {
-      for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(float)))
-        __builtin_prefetch(row + i, 0, Ahead::kLevel);
     }
 
     // A row of outputs needs the last line of the one before, so three lines take turns.
@@ -295,9 +295,10 @@ struct ToRows {
 
   static void run(const Params& a, int, int64_t task, char*) {
     const int64_t image = task / blocks(a), channel = task % blocks(a) * kChannels;
-    const int64_t at = image * a.channels * a.pixels;
-    transpose(a.x + at + channel * a.pixels, a.pixels, min64(kChannels, a.channels - channel), a.pixels,
-              a.y + at + channel, a.channels);
+    const int64_t at = image * a.channels * a.pixels, channels = min64(kChannels, a.channels - channel);
+    const float* x = a.x + at + channel * a.pixels;
+    if (task + 1 < a.images * blocks(a)) prefetch(x + channels * a.pixels, channels * a.pixels);
+    transpose(x, a.pixels, channels, a.pixels, a.y + at + channel, a.channels);
   }
 };
 
