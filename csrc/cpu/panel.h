@@ -289,13 +289,18 @@ SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, 
   }
 }
 
-// Sums over the n tokens of a panel's row, of f(vector, column). A panel may be read up to a vector beyond n.
+// Sums over the n tokens of a panel's row, of f(vector, column). Beyond n, a panel is read up to the next
+// kColumnStep: behind that may lie what another thread writes.
 template <int VB, class T, class F>
 SHVIT_INLINE Vec<T, VB> sum_lanes_of_row(int64_t n, F f) {
   constexpr int W = kLanes<T, VB>;
   Vec<T, VB> sum{};
   int64_t t = 0;
   for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, t);
+  if constexpr (kColumnStep<T, VB> < W) {
+    if (t < n && n - t <= kColumnStep<T, VB>)
+      return sum + below_zeros<T, VB>(keep_lanes(f(Vec<T, VB / 2>{}, t), n - t));
+  }
   if (t < n) sum += keep_lanes(f(Vec<T, VB>{}, t), n - t);
   return sum;
 }

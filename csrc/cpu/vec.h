@@ -190,6 +190,20 @@ struct Halves {
 #endif
 };
 
+// A half below zeros.
+template <class T, int VB>
+SHVIT_INLINE Vec<T, VB> below_zeros(Vec<T, VB / 2> half) {
+#if __has_builtin(__builtin_shufflevector)
+  return [&]<int... I>(std::integer_sequence<int, I...>) SHVIT_INLINE_LAMBDA {
+    return __builtin_shufflevector(half, Vec<T, VB / 2>{}, I...);
+  }(std::make_integer_sequence<int, kLanes<T, VB>>());
+#else
+  Vec<T, VB> v{};
+  __builtin_memcpy(&v, &half, VB / 2);
+  return v;
+#endif
+}
+
 // Sums of each lane in double precision.
 template <class T, int VB>
 struct WideSum {
