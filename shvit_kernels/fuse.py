@@ -320,7 +320,7 @@ _RECOGNISED: tuple[Callable[[nn.Module], _Plan | None], ...] = (
 def _plan(module: nn.Module) -> _Plan | None:
     """The layers that a module runs one after the other, none for an identity; None if it does anything else."""
     if type(module) is nn.Identity and is_plain(module):
-        return _joined([])
+        return _Plan([], [], [])
     for recognise in _RECOGNISED:
         if (plan := recognise(module)) is not None:
             return plan

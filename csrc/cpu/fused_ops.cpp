@@ -44,11 +44,13 @@ struct Packed {
   const float *weight, *bias;
 };
 
+int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
 Packed packed(const Tensor& w, const Tensor& b, int64_t inputs) {
   const int64_t outputs = b.numel();
-  STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == (outputs + kPanel - 1) / kPanel && w.size(1) == inputs &&
-                      w.size(2) == kPanel && outputs > 0,
-                  "weight must be packed from [", outputs, ", ", inputs, "]");
+  STD_TORCH_CHECK(
+      w.dim() == 3 && w.size(0) == panels(outputs) && w.size(1) == inputs && w.size(2) == kPanel && outputs > 0,
+      "weight must be packed from [", outputs, ", ", inputs, "]");
   return {outputs, parameter("weight", w, w.numel()), parameter("bias", b, outputs)};
 }
 
@@ -87,7 +89,7 @@ class Weights {
   }
   const float* take(int64_t count) {
     skip_read();
-    const int64_t taken = (count + kPanel - 1) / kPanel * kPanel;
+    const int64_t taken = panels(count) * kPanel;
     STD_TORCH_CHECK(tensor_ < tensors_->size() && taken <= current().numel() - at_,
                     "the layers take more weights than the ", tensors_->size(), " tensors have");
     at_ += taken;
@@ -95,7 +97,7 @@ class Weights {
   }
   Packed packed(int64_t inputs, int64_t outputs) {
     check_width(outputs);
-    const float* weight = take((outputs + kPanel - 1) / kPanel * kPanel * inputs);
+    const float* weight = take(panels(outputs) * inputs * kPanel);
     return {outputs, weight, take(outputs)};
   }
   DepthwiseWeights depthwise(int64_t channels) {
@@ -227,7 +229,6 @@ Shape depthwise_step(const Image& x, const PointwiseParams* source, const Depthw
 
 Shape ffn_step(const Image& x, const FfnWeights& w, float* y) {
   const Shape& s = x.shape;
-  STD_TORCH_CHECK(w.second.outputs == s.C, "weight2 must have ", s.C, " outputs, got ", w.second.outputs);
   if (y) {
     FfnParams params{
         s.B * s.H * s.W, s.C, w.first.outputs, x.data, w.first.weight, w.first.bias, w.second.weight,
@@ -241,8 +242,6 @@ Shape mixer_step(const Image& x, const MixerWeights& w, int64_t qk_dim, double n
                  float* y) {
   const Shape& s = x.shape;
   STD_TORCH_CHECK(w.pdim >= 1 && w.pdim <= s.C, "pdim must lie between 1 and ", s.C, ", got ", w.pdim);
-  STD_TORCH_CHECK(w.projection.outputs == s.C, "weight must have ", s.C, " outputs, got ",
-                  w.projection.outputs);
   ShsaForwardParams attention{};
   attention.sizes = {s.B, s.C, w.pdim, qk_dim, s.H * s.W};
   attention.channels_last = attention.relu = true;
@@ -321,7 +320,6 @@ class Sequence {
     Weights::check_width(x.shape.C);
     Image one = x;
     one.shape.B = 1;
-    one.channels_last = !reads_planes();
     Weights rest(weights);
     size_t constant = 0;
     for (size_t begin = 0; begin < layers.size(); begin = segments_.back().end) {
@@ -370,7 +368,6 @@ class Sequence {
   };
 
   // The first convolution of a stem reads images as they come, other layers want their channels side by side.
-  bool reads_planes() const { return !x_.channels_last && layers_[0] == kConv3x3; }
   bool turns_planes() const { return !x_.channels_last && layers_[0] != kConv3x3; }
 
   static bool halves(const int64_t* layer) {
@@ -444,20 +441,24 @@ class Sequence {
     return pair ? 2 * kCode : kCode;
   }
 
+  void check_channels(const int64_t* layer, int64_t channels) const {
+    STD_TORCH_CHECK(layer[0] == kPool || layer[1] == channels, "x must have ", layer[1], " channels at layer ",
+                    (layer - layers_.data()) / kCode, ", got ", channels);
+  }
+
   // Runs the layer (or two) at `at`, which then is the next one.
   Shape step(const Image& x, size_t& at, Weights& weights, size_t& constant, Buffers& buffers, float* y) const {
     const int64_t* layer = &layers_[at];
     const int64_t *settings = layer + 2, C = layer[1];
     const bool pair = length(at) > kCode;
     at += length(at);
-    STD_TORCH_CHECK(layer[0] == kPool || x.shape.C == C, "x must have ", C, " channels at layer ",
-                    (layer - layers_.data()) / kCode, ", got ", x.shape.C);
+    check_channels(layer, x.shape.C);
     switch (layer[0]) {
       case kConv3x3: {
         const Packed w = weights.packed(9 * C, settings[0]);
         if (!pair) return conv3x3_step(x, w, settings[1] != 0, y);
         const int64_t* next = layer + kCode;
-        STD_TORCH_CHECK(next[1] == w.outputs, "x must have ", next[1], " channels at layer 1, got ", w.outputs);
+        check_channels(next, w.outputs);
         return conv3x3_pair_step(x, w, settings[1] != 0, weights.packed(9 * w.outputs, next[2]), next[3] != 0,
                                  y);
       }
@@ -549,6 +550,8 @@ Tensor ffn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2)
   const Image image = image_of(x);
   const Packed first = packed(weight1, bias1, image.shape.C);
   const FfnWeights w{first, packed(weight2, bias2, first.outputs)};
+  STD_TORCH_CHECK(w.second.outputs == image.shape.C, "weight2 must have ", image.shape.C, " outputs, got ",
+                  w.second.outputs);
   return in_a_tensor(x, [&](float* y) { return ffn_step(image, w, y); });
 }
 
@@ -567,6 +570,8 @@ Tensor mixer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> 
                        parameter("qkv_weight", qkv_weight, O * P),
                        optional("qkv_bias", qkv_bias, O),
                        packed(weight, bias, image.shape.C)};
+  STD_TORCH_CHECK(w.projection.outputs == image.shape.C, "weight must have ", image.shape.C, " outputs, got ",
+                  w.projection.outputs);
   return in_a_tensor(x, [&](float* y) { return mixer_step(image, w, qk_dim, norm_eps, scale, y); });
 }
 
