@@ -8,11 +8,6 @@ namespace {
 
 SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
-SHVIT_INLINE void prefetch(const float* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(float)))
-    __builtin_prefetch(row + i, 0, Ahead::kLevel);
-}
-
 // y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
 // ordered by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in
 // scratch with the padding at their ends: copied from memory, or made there by the convolution before.

@@ -66,6 +66,13 @@ struct Ahead {
   }
 };
 
+// The same at once.
+template <class T>
+SHVIT_INLINE void prefetch(const T* data, int64_t count) {
+  for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(data + i, 0, Ahead::kLevel);
+}
+
 // NV vectors, and half a vector more with Half. The sums go to finish(first row, sums), those of half vectors
 // to finish.behind(NV vectors).
 template <class T, int VB, int MR, int NV, bool Half = false, class A, class Finish>

@@ -5,9 +5,10 @@
 //     backward   dgamma = sum dout n   dbeta = sum dout   dp = gamma rstd (dout - (dbeta + n dgamma) / count)
 //                dy = W^T dp   dW = sum dp y^T   dx = dy through the attention (+ dout)
 //
-// All products are of matrices in the order of x: tokens are rows of channels (channels_last), whose weights
-// are packed, or channels are rows of tokens (NCHW), several images side by side. Only the y of dW always has a
-// row for each token. The forward keeps p, in the order of x; the backward makes y once more.
+// Products are of matrices in the order of x: tokens are rows of channels (channels_last) and the weights are
+// packed, or channels are rows of tokens (NCHW), several images side by side, and dp is packed, 16 tokens side
+// by side. Only the y of dW always has a row for each token. The forward keeps p, in the order of x; the
+// backward makes y once more.
 #pragma once
 
 #include "shsa_backward.h"
@@ -75,12 +76,27 @@ struct RowsFinish {
   }
 };
 
+// Rows [M, C] times packed [C, N].
 template <class T, int VB>
-__attribute__((noinline)) void product_of_rows(int64_t M, int64_t C, const T* rows, int64_t ld, const T* packed,
-                                               RowsFinish<T> finish) {
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, 0, C,
+__attribute__((noinline)) void product_of_rows(int64_t M, int64_t N, int64_t C, const T* rows, int64_t ld,
+                                               const T* packed, RowsFinish<T> finish) {
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, 0, N,
                                           finish);
 }
+
+// Packed tokens as the left factor: a row for each channel, a column for each token.
+template <class T>
+struct PackedTokens {
+  const T* data;
+  int64_t channels, tokens;
+
+  template <class Visit>
+  SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
+    for (int64_t token = 0; token < tokens; token += kPanel)
+      visit(MatrixView<T>{data + token * channels + first * kPanel, kPanel, 1}, min64(kPanel, tokens - token),
+            token, 1);
+  }
+};
 
 // Adds to (or starts) rows of whole vectors in cache.
 template <class T>
@@ -99,23 +115,39 @@ struct SumFinish {
   }
 };
 
-// A[M, K] times rows [K, columns], which are read where they are, up to a whole vector.
-template <class T, int VB, class Finish>
-__attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, int64_t K, MatrixView<T> a,
-                                                  const T* rows, int64_t ld, Finish finish) {
+// A, M rows, times rows [K, columns], which are read where they are, up to a whole vector.
+template <class T, int VB, class A, class Finish>
+__attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, A a, const T* rows, int64_t ld,
+                                                  Finish finish) {
   constexpr int64_t W = kLanes<T, VB>;
   constexpr int MR = kTileRows<VB, true>;
-  const WholeRows<T> whole{a, K};
   int64_t n = 0;
   for (; columns - n > W; n += 2 * W)
-    gemm_column<T, VB, 2, MR>(M, whole, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
-  if (n < columns) gemm_column<T, VB, 1, MR>(M, whole, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
+    gemm_column<T, VB, 2, MR>(M, a, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
+  if (n < columns) gemm_column<T, VB, 1, MR>(M, a, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
 }
 
 // From one channel to the next, in a block of tokens side by side.
 template <class T, int VB>
 SHVIT_INLINE int64_t block_distance(const Sizes& s) {
   return row_distance<T>(RowBlocks(s, false).most_rows);
+}
+
+// Packs the tokens of a block: make(piece, channel, row) writes those of a piece to a row. `rows` has room for
+// some rows of a block, C at most.
+template <class T, class F>
+SHVIT_INLINE void pack_tokens(const RowBlocks& blocks, int64_t block, int64_t C, T* rows, T* packed, F make) {
+  constexpr int64_t kChannels = 8;  // what is read and written of them lies side by side
+  const int64_t tokens = blocks.rows(block), ld = blocks.most_rows;
+  for (int64_t first = 0; first < C; first += kChannels) {
+    const int64_t end = min64(first + kChannels, C);
+    blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
+      for (int64_t c = first; c < end; ++c) make(piece, c, rows + (c - first) * ld + piece.row);
+    });
+    for (int64_t t = 0; t < tokens; t += kPanel)
+      for (int64_t c = first; c < end; ++c)
+        __builtin_memcpy(packed + t * C + c * kPanel, rows + (c - first) * ld + t, kPanel * sizeof(T));
+  }
 }
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
@@ -234,7 +266,14 @@ __attribute__((noinline)) void measure_rows(const ChannelMoments& moments, int64
 // ReLU of channels of an image, in rows.
 template <int VB, class T>
 SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T* rows, int64_t ld) {
-  if (x.token_stride == 1) transpose(x.data, x.channel_stride, channels, n, rows, ld);
+  constexpr int64_t kChannels = 4 * kPanel;  // at a time, while the next ones come from memory
+  if (x.token_stride == 1)
+    for (int64_t c = 0; c < channels; c += kChannels) {
+      const T* planes = x.data + c * x.channel_stride;
+      const int64_t count = min64(kChannels, channels - c), left = channels - c - count;
+      prefetch(planes + count * x.channel_stride, min64(kChannels, left) * x.channel_stride);
+      transpose(planes, x.channel_stride, count, n, rows + c, ld);
+    }
   for (int64_t t = 0; t < n; ++t) {
     T* row = rows + t * ld;
     map_row<VB>(x.token_stride == 1 ? row : x.data + t * x.token_stride, row, channels, Relu{});
@@ -329,7 +368,7 @@ struct MixerTrainForward {
     for (int64_t t = 0; t < rows; ++t)
       map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(rows, s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
+    product_of_rows<T, VB>(rows, s.C, s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
@@ -344,8 +383,8 @@ struct MixerTrainForward {
       for (int64_t c = s.P; c < s.C; ++c)
         map_row<VB>(x.data + c * s.N, scratch.y + c * distance + piece.row, piece.n, Relu{});
     });
-    product_of_columns<T, VB>(s.C, tokens, s.C, {static_cast<const T*>(a.proj_weight), s.C, 1}, scratch.y,
-                              distance, RowsFinish<T>{scratch.p, tokens, distance});
+    product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
+                              scratch.y, distance, RowsFinish<T>{scratch.p, tokens, distance});
     measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
     blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
       T* projected = image_of(a, a.projected, piece.image, piece.token).data;
@@ -451,7 +490,7 @@ struct MixerTrainBackward {
           attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
                                           Attention::plan(attention_of(a)).workspace_bytes))),
           y(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
-          dp(bump.take<T>(blocks_of(a).count * block_values(a))),
+          dp(bump.take<T>(blocks_of(a).count * dp_values(a))),
           dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
           factor(bump.take<T>(sizes(a).C)),
@@ -460,16 +499,22 @@ struct MixerTrainBackward {
           partials(bump.take<double>(blocks_of(a).count * 2 * sizes(a).C)) {}
   };
 
-  // A block of dp or dy: rows of channels, or channels of tokens.
+  // A block of dp: rows of channels, or packed tokens. Of dy: rows of channels, or channels of tokens.
+  static int64_t dp_values(const Params& a) {
+    return blocks_of(a).most_rows * (a.attention.channels_last ? ld(a) : sizes(a).C);
+  }
   static int64_t distance(const Params& a) {
     return a.attention.channels_last ? ld(a) : block_distance<T, VB>(sizes(a));
   }
-  static int64_t block_values(const Params& a) {
+  static int64_t dy_values(const Params& a) {
     return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows : sizes(a).C);
   }
 
+  // Channels that are brought in ahead of the one at work, where each is a plane of tokens.
+  static constexpr int64_t kPlanesAhead = 8;
+
   // Rows of dW are summed by one task each.
-  static constexpr int64_t kWeightRows = 96, kPiece = 128;  // tokens, whose y stays in the first-level cache
+  static constexpr int64_t kWeightRows = 96;
   static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, kWeightRows)}; }
   static int64_t most_weights(const Sizes& s) { return ceil_div(s.C, weight_parts(s).parts); }
   static int64_t sum_ld(const Params& a) { return round_up(sizes(a).C, 2 * W) + W; }
@@ -509,11 +554,11 @@ struct MixerTrainBackward {
       for (int phase = 0; phase < attention.phases; ++phase)
         plan.tasks[kAttention + phase] = attention.tasks[phase];
     if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
-    Bump rows(nullptr), sums(nullptr);
-    rows.take<T>(block_values(a));  // dy
+    Bump dy(nullptr), sums(nullptr);
+    dy.take<T>(dy_values(a));
     sums.take<T>(max64(most_weights(s), 2) * sum_ld(a));
     plan.scratch_bytes =
-        max64(max64(rows.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
+        max64(max64(dy.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
     return plan;
   }
@@ -636,55 +681,67 @@ struct MixerTrainBackward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t first = blocks.first_row(task), tokens = blocks.rows(task);
     const bool by_channel = !a.attention.channels_last;
-    // From one token to the next, and from one channel to the next, in a block.
-    const int64_t token_step = by_channel ? 1 : ld(a), channel_step = by_channel ? distance(a) : 1;
-    T* dp = workspace.dp + task * block_values(a);
-    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
-      through_norm(a, piece.image, piece.token, piece.n, dp + piece.row * token_step, workspace);
-      if (a.dproj_weight)
+    T* dp = workspace.dp + task * dp_values(a);
+    if (by_channel) {
+      channels_through_norm(a, task, dy, dp, workspace);
+    } else {
+      rows_through_norm(a, first, tokens, dp, workspace);
+    }
+    if (a.dproj_weight)
+      blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
         rest_rows<VB>(channels_of(a, a.attention.x1, piece.image, s.P, piece.token), s.C - s.P, piece.n,
                       workspace.y + (first + piece.row) * ld(a) + s.P, ld(a));
-    });
+      });
     if (!needs_attention(a)) return;
     T* dattended = workspace.dattended + first * s.P;
     if (by_channel) {
-      product_of_columns<T, VB>(s.C, tokens, s.C, {workspace.packed, s.C, 1}, dp, distance(a),
-                                RowsFinish<T>{dy, tokens, distance(a)});
+      product_of_rows<T, VB>(s.C, tokens, s.C, workspace.packed, s.C, dp, {dy, tokens, distance(a)});
       transpose(dy, distance(a), s.P, tokens, dattended, s.P);
     } else {
-      product_of_rows<T, VB>(tokens, s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+      product_of_rows<T, VB>(tokens, s.C, s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
       for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
     }
     if (!a.attention.dx) return;
+    // From one token to the next, and from one channel to the next, in dy.
+    const int64_t token_step = by_channel ? 1 : ld(a), channel_step = by_channel ? distance(a) : 1;
     blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
       store_rest(a, piece.image, piece.token, piece.n, dy + piece.row * token_step + s.P * channel_step);
     });
   }
 
-  // dp of n tokens of an image.
-  static void through_norm(const Params& a, int64_t image, int64_t token, int64_t n, T* dp,
-                           const Workspace& workspace) {
-    const Sizes& s = sizes(a);
-    const T *dout = channels_of(a, a.dout, image, 0, token).data, *mean = typed(a.proj_norm.mean);
-    const T* projected = channels_of(a, a.projected, image, 0, token).data;
-    const T *factor = workspace.factor, *shift = workspace.shift, *slope = workspace.slope;
-    if (a.attention.channels_last) {
-      for (int64_t t = 0; t < n; ++t) {
-        const T *d = dout + t * s.C, *p = projected + t * s.C;
-        make_row<VB>(dp + t * ld(a), s.C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
-          const auto centred = load_as(p + c, lane) - load_as(mean + c, lane);
-          return load_as(factor + c, lane) *
-                 (load_as(d + c, lane) - load_as(shift + c, lane) - centred * load_as(slope + c, lane));
-        });
-      }
-      return;
-    }
-    for (int64_t c = 0; c < s.C; ++c) {
-      const T *d = dout + c * s.N, *p = projected + c * s.N;
-      make_row<VB>(dp + c * distance(a), n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
-        return factor[c] * (load_as(d + t, lane) - shift[c] - (load_as(p + t, lane) - mean[c]) * slope[c]);
+  // dp of rows of tokens, from row `first` of all images on.
+  static void rows_through_norm(const Params& a, int64_t first, int64_t rows, T* dp,
+                                const Workspace& workspace) {
+    const int64_t C = sizes(a).C;
+    const T *dout = typed(a.dout) + first * C, *projected = typed(a.projected) + first * C;
+    const T *mean = typed(a.proj_norm.mean), *factor = workspace.factor, *shift = workspace.shift,
+            *slope = workspace.slope;
+    for (int64_t t = 0; t < rows; ++t) {
+      const T *d = dout + t * C, *p = projected + t * C;
+      make_row<VB>(dp + t * ld(a), C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
+        const auto centred = load_as(p + c, lane) - load_as(mean + c, lane);
+        return load_as(factor + c, lane) *
+               (load_as(d + c, lane) - load_as(shift + c, lane) - centred * load_as(slope + c, lane));
       });
     }
+  }
+
+  // dp of the packed tokens of a block; `rows` is scratch.
+  static void channels_through_norm(const Params& a, int64_t block, T* rows, T* dp,
+                                    const Workspace& workspace) {
+    const int64_t C = sizes(a).C;
+    pack_tokens(blocks_of(a), block, C, rows, dp,
+                [&](const RowBlocks::Piece& piece, int64_t c, T* to) SHVIT_INLINE_LAMBDA {
+                  const T *d = channels_of(a, a.dout, piece.image, c, piece.token).data,
+                          *p = channels_of(a, a.projected, piece.image, c, piece.token).data;
+                  prefetch(d + kPlanesAhead * sizes(a).N, piece.n);
+                  prefetch(p + kPlanesAhead * sizes(a).N, piece.n);
+                  const T mean = typed(a.proj_norm.mean)[c], factor = workspace.factor[c],
+                          shift = workspace.shift[c], slope = workspace.slope[c];
+                  make_row<VB>(to, piece.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+                    return factor * (load_as(d + t, lane) - shift - (load_as(p + t, lane) - mean) * slope);
+                  });
+                });
   }
 
   // An image in the order of x, from a channel and a token on.
@@ -705,6 +762,10 @@ struct MixerTrainBackward {
     const int64_t stride = by_channel ? s.N : s.C;
     for (int64_t r = 0; r < count; ++r) {
       const T *from = x.data + r * stride, *more = dout.data + r * stride, *gradient = dy + r * distance(a);
+      if (by_channel) {
+        prefetch(from + kPlanesAhead * stride, length);
+        prefetch(more + kPlanesAhead * stride, length);
+      }
       make_row<VB>(dx + r * stride, length, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
         const auto v = load_as(from + i, lane) <= 0 ? decltype(lane){} : load_as(gradient + i, lane);
         return a.residual ? v + load_as(more + i, lane) : v;
@@ -719,16 +780,13 @@ struct MixerTrainBackward {
     const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t tokens = blocks.rows(block);
-      const Parts pieces{tokens, ceil_div(tokens, kPiece)};
-      for (int64_t piece = 0; piece < pieces.parts; ++piece) {
-        const int64_t token = pieces.begin(piece);
-        const T* dp = workspace.dp + block * block_values(a);
-        const MatrixView<T> channels = a.attention.channels_last
-                                           ? MatrixView<T>{dp + token * ld(a) + first, 1, ld(a)}
-                                           : MatrixView<T>{dp + first * distance(a) + token, distance(a), 1};
-        product_of_columns<T, VB>(rows, s.C, pieces.end(piece) - token, channels,
-                                  workspace.y + (blocks.first_row(block) + token) * ld(a), ld(a),
-                                  SumFinish<T>{sums, sum_ld(a), block == 0 && piece == 0});
+      const T *dp = workspace.dp + block * dp_values(a), *y = workspace.y + blocks.first_row(block) * ld(a);
+      const SumFinish<T> finish{sums, sum_ld(a), block == 0};
+      if (a.attention.channels_last) {
+        product_of_columns<T, VB>(rows, s.C, WholeRows<T>{{dp + first, 1, ld(a)}, tokens}, y, ld(a), finish);
+      } else {
+        product_of_columns<T, VB>(rows, s.C, PackedTokens<T>{dp + first * kPanel, s.C, tokens}, y, ld(a),
+                                  finish);
       }
     }
     T* dweight = static_cast<T*>(a.dproj_weight) + first * s.C;
