@@ -103,7 +103,7 @@ class _Whole:
 
 
 class FusedModel(_Inference):
-    """What :func:`fuse` returns: called as the model that it was made of, ``model``, and with its attributes."""
+    """What :func:`fuse` makes of a model: called as that one, which is ``model``, and with its attributes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -383,7 +383,7 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def fuse(model: nn.Module) -> FusedModel:
+def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     """A copy of a model for inference, in which every block of SHViT is a few fused operators (design section 2).
 
     Takes models of timm, of the official repository and of this library, accelerated or not, batch normalisation
@@ -403,7 +403,8 @@ def fuse(model: nn.Module) -> FusedModel:
 
     Returns:
         A module with the call signature and the attributes of ``model``, which can be moved, copied, pickled, compiled
-        and exported. Its weights are packed: its state dict fits other fused models alone.
+        and exported. Its weights are packed: its state dict fits other fused models alone. Of a bare block, the layers
+        that it is.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -430,4 +431,5 @@ def fuse(model: nn.Module) -> FusedModel:
     if not layers:
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
     new = {id(p): p for module in layers for p in module.parameters() if id(p) not in shared}
-    return FusedModel(copy.deepcopy(fast, new))
+    fast = copy.deepcopy(fast, new)
+    return fast if isinstance(fast, FusedLayers) else FusedModel(fast)

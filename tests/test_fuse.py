@@ -247,14 +247,14 @@ def test_official_structure():
 def test_a_block_alone():
     block = Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval()
     fast = fuse(block)
-    assert fast.model.kinds == [Kind.FFN]
-    assert str(fast.model) == "FusedLayers(ffn)"
+    assert fast.kinds == [Kind.FFN]
+    assert str(fast) == "FusedLayers(ffn)"
     x = images(8, channels=16)
     assert_near(outputs(fast, x), outputs(block, x), 1e-9)
 
 
 def test_replicas_of_data_parallel():
-    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).eval()).model
+    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).eval())
     replica = layers._replicate_for_data_parallel()
     replica.weights = layers.weights.clone()
     x = images(8, channels=16, dtype=torch.float32)
