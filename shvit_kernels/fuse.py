@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .accelerate import is_stock_shsa
-from .backends import eager, fused
+from .backends import eager, fused, is_traced_to_aten
 from .modules import hooks_on_all_modules, is_plain
 from .ops import CODE, Kind, flatten, pack
 
@@ -34,6 +34,8 @@ class FusedLayers(_Inference):
         weights: of all layers, flattened; None if they have none. A parameter that asks for no gradient.
     """
 
+    _kept: tuple[tuple[int, int], Tensor, list[fused.Layer]] | None = None
+
     def __init__(self, code: list[int], constants: list[float], weights: Tensor | None):
         super().__init__()
         self.code = code
@@ -49,7 +51,36 @@ class FusedLayers(_Inference):
         return ", ".join(kind.name.lower() for kind in self.kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.operators(x).sequence(x, _weights([self]), self.code, self.constants)
+        operators = fused.operators(x)
+        layers = self._kept_layers(x) if operators is fused.SPECIFICATION else None
+        if layers is not None:
+            return fused.run(x, layers, self.constants)
+        return operators.sequence(x, _weights([self]), self.code, self.constants)
+
+    def _kept_layers(self, x: Tensor) -> list[fused.Layer] | None:
+        """The layers for PyTorch's operators, made once from the weights; None where they must be made at each call.
+
+        To unpack the weights takes a quarter of a call with one image. Changes through ``weights.data`` are not seen.
+        """
+        weights = self.weights
+        # Tracers record how the weights are unpacked; not parameters are what functional_call puts in their place.
+        if torch.compiler.is_compiling() or is_traced_to_aten() or type(weights) is not nn.Parameter:
+            return None
+        if x.shape[1] != self.code[1] or weights.requires_grad or weights.is_inference():
+            return None
+        made_of, kept = (weights.data_ptr(), weights._version), self._kept
+        if kept is None or kept[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():  # a later call may ask for the gradient of its input
+                alias = weights.detach()  # while it is kept, no other weights come to this address
+                kept = self._kept = made_of, alias, fused.layers([alias], self.code, x.shape[1])
+        return kept[2]
+
+    def _apply(self, fn, recurse=True):
+        self._kept = None  # what is moved is not kept twice
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}
 
 
 _POOL = FusedLayers([int(Kind.POOL), 0, 0, 0, 0], [], None)

@@ -280,9 +280,9 @@ def as_images(x: Tensor) -> Tensor:
     return x[:, :, None, None] if x.dim() == 2 else x
 
 
-def gives_rows(x: Tensor, layers: list[int]) -> bool:
-    """Whether a sequence gives rows ``[B, C]``."""
-    return x.dim() == 2 or Kind.POOL in layers[::CODE]
+def gives_rows(x: Tensor, kinds: Iterable[int]) -> bool:
+    """Whether a sequence of layers gives rows ``[B, C]``."""
+    return x.dim() == 2 or Kind.POOL in kinds
 
 
 def _fake_sequence(x, weights, layers, constants):
@@ -291,7 +291,7 @@ def _fake_sequence(x, weights, layers, constants):
     for kind, settings, own in layers_of(layers, weights, x.shape[1]):
         halves = kind in (Kind.CONV3X3, Kind.PATCH_MERGING) or (kind == Kind.DEPTHWISE and settings[0] == 2)
         image = _empty_rows(image, own[-1].shape[0] if own else image.shape[1], 2 if halves else 1)
-    return image.new_empty(image.shape[:2]) if gives_rows(x, layers) else image
+    return image.new_empty(image.shape[:2]) if gives_rows(x, layers[::CODE]) else image
 
 
 _FUSED_FAKES = {

@@ -261,6 +261,45 @@ def test_replicas_of_data_parallel():
     assert torch.equal(outputs(replica, x), outputs(layers, x))
 
 
+def test_unpacked_weights_are_kept_until_they_change():
+    layers = fuse(Residual(randomise(shvit_kernels.models.shvit.FFN(16, 32), seed=1)).double().eval())
+    x = images(8, channels=16)
+    first, kept = outputs(layers, x), layers._kept
+    assert torch.equal(outputs(layers, x), first) and layers._kept is kept
+    with torch.no_grad():
+        layers.weights.mul_(2)
+    assert not torch.equal(outputs(layers, x), first)
+    other = fuse(Residual(randomise(shvit_kernels.models.shvit.FFN(16, 32), seed=2)).double().eval())
+    layers.load_state_dict(other.state_dict())
+    assert torch.equal(outputs(layers, x), outputs(other, x))
+    half = copy.deepcopy(layers).bfloat16().double()
+    assert layers.bfloat16()._kept is None
+    assert torch.equal(outputs(layers.double(), x), outputs(half, x))
+    outputs(layers, x)
+    size = len(pickle.dumps(layers))
+    assert layers._kept is not None and size < 1.5 * len(pickle.dumps(layers.state_dict())) + 2000
+    assert copy.deepcopy(layers)._kept is None
+
+
+def test_a_gradient_after_inference_mode():
+    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval())
+    x = images(8, channels=16)
+    with torch.inference_mode():
+        layers(x)
+    x.requires_grad_()
+    layers(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_weights_that_ask_for_gradients_get_them():
+    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval())
+    x = images(8, channels=16)
+    outputs(layers, x)
+    layers.weights.requires_grad_()
+    layers(x).sum().backward()
+    assert layers.weights.grad.abs().sum() > 0
+
+
 def test_fused_parts_stay_fused():
     fast = fuse(small())
     x = images(64, 2, dtype=torch.float32)

@@ -16,32 +16,63 @@ from ..ops import Kind, as_images, gives_rows, layers_of, readable, unpack
 from . import choose, cpu, eager
 
 
+def _kernel3x3(weight: Tensor, bias: Tensor) -> Tensor:
+    """``[outputs, C, 3, 3]`` of packed weights."""
+    outputs = bias.shape[0]
+    return unpack(weight, outputs).view(outputs, 3, 3, -1).permute(0, 3, 1, 2)
+
+
+def _kernel1x1(weight: Tensor, bias: Tensor) -> Tensor:
+    """``[outputs, inputs, 1, 1]`` of packed weights."""
+    return unpack(weight, bias.shape[0])[:, :, None, None]
+
+
+def _kernel_of_taps(weight: Tensor, bias: Tensor) -> Tensor:
+    """``[C, 1, 3, 3]`` of ``[9, C]``."""
+    return weight.t().reshape(-1, 1, 3, 3)
+
+
+def _conv(x: Tensor, kernel: Tensor, bias: Tensor, relu: bool = False, **settings) -> Tensor:
+    y = F.conv2d(x, kernel, bias, **settings)
+    return F.relu(y) if relu else y
+
+
+def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, relu: bool) -> Tensor:
+    return _conv(x, kernel, bias, relu, stride=stride, padding=1, groups=x.shape[1])
+
+
+def _ffn(x: Tensor, kernel1: Tensor, bias1: Tensor, kernel2: Tensor, bias2: Tensor) -> Tensor:
+    return x + _conv(_conv(x, kernel1, bias1, True), kernel2, bias2)
+
+
+def _patch_merging(x: Tensor, *kernels: Tensor) -> Tensor:
+    """Pointwise with ReLU, depthwise of stride 2 with ReLU, squeeze-and-excitation, pointwise."""
+    conv1, conv2, fc1, fc2, conv3 = zip(kernels[::2], kernels[1::2], strict=True)
+    x = _depthwise(_conv(x, *conv1, True), *conv2, 2, True)
+    gate = _conv(pool(x)[:, :, None, None], *fc1, True)
+    return _conv(x * _conv(gate, *fc2).sigmoid(), *conv3)
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """3x3 convolution with stride 2 and padding 1; inputs of ``weight`` are ordered kernel row, column, channel."""
-    outputs = bias.shape[0]
-    kernel = unpack(weight, outputs).view(outputs, 3, 3, -1).permute(0, 3, 1, 2)
-    y = F.conv2d(x, kernel, bias, stride=2, padding=1)
-    return F.relu(y) if relu else y
+    return _conv(x, _kernel3x3(weight, bias), bias, relu, stride=2, padding=1)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu: bool) -> Tensor:
     """3x3 convolution of each channel alone, padding 1; ``weight`` is ``[9, C]``, not packed."""
-    channels = x.shape[1]
-    y = F.conv2d(x, weight.t().reshape(channels, 1, 3, 3), bias, stride=stride, padding=1, groups=channels)
-    return F.relu(y) if relu else y
+    return _depthwise(x, _kernel_of_taps(weight, bias), bias, stride, relu)
 
 
 def pointwise(x: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """1x1 convolution of ``x`` times ``scale`` ``[B, C]``."""
     if scale is not None:
         x = x * scale[:, :, None, None]
-    y = F.conv2d(x, unpack(weight, bias.shape[0])[:, :, None, None], bias)
-    return F.relu(y) if relu else y
+    return _conv(x, _kernel1x1(weight, bias), bias, relu)
 
 
 def ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """``x + W2 relu(W1 x + b1) + b2`` per token."""
-    return x + pointwise(pointwise(x, None, weight1, bias1, True), None, weight2, bias2, False)
+    return _ffn(x, _kernel1x1(weight1, bias1), bias1, _kernel1x1(weight2, bias2), bias2)
 
 
 def mixer(
@@ -66,51 +97,75 @@ def pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def patch_merging(
-    x: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    conv3_weight: Tensor,
-    conv3_bias: Tensor,
-) -> Tensor:
-    """Pointwise with ReLU, depthwise of stride 2 with ReLU, squeeze-and-excitation, pointwise."""
-    x = pointwise(x, None, conv1_weight, conv1_bias, True)
-    x = depthwise(x, conv2_weight, conv2_bias, 2, True)
-    gate = pointwise(pool(x)[:, :, None, None], None, fc1_weight, fc1_bias, True)
-    gate = pointwise(gate, None, fc2_weight, fc2_bias, False).sigmoid()
-    return pointwise(x, gate.flatten(1), conv3_weight, conv3_bias, False)
+# How each weight of a layer becomes the kernel of a convolution, its bias beside it.
+_KERNELS: dict[Kind, tuple[Callable[[Tensor, Tensor], Tensor], ...]] = {
+    Kind.CONV3X3: (_kernel3x3,),
+    Kind.DEPTHWISE: (_kernel_of_taps,),
+    Kind.FFN: (_kernel1x1, _kernel1x1),
+    Kind.MIXER: (
+        lambda weight, _: weight,
+        lambda weight, _: weight,
+        lambda weight, bias: unpack(weight, bias.shape[0]),
+    ),
+    Kind.PATCH_MERGING: (_kernel1x1, _kernel_of_taps, _kernel1x1, _kernel1x1, _kernel1x1),
+    Kind.POOL: (),
+    Kind.POINTWISE: (_kernel1x1,),
+}
 
 
-def sequence(x: Tensor, weights: list[Tensor], layers: list[int], constants: list[float]) -> Tensor:
+class Layer(NamedTuple):
+    """A layer of a sequence as PyTorch runs it."""
+
+    kind: Kind
+    settings: list[int]
+    kernels: list[Tensor]
+
+
+def layers(weights: list[Tensor], code: list[int], channels: int) -> list[Layer]:
+    """The layers of a sequence on an image of so many channels.
+
+    Raises:
+        ValueError: if the layers do not fit the image or one another, or do not take just these weights.
+    """
+    return [
+        Layer(
+            kind,
+            settings,
+            [t for make, w, b in zip(_KERNELS[kind], own[::2], own[1::2], strict=True) for t in (make(w, b), b)],
+        )
+        for kind, settings, own in layers_of(code, weights, channels)
+    ]
+
+
+def run(x: Tensor, sequence: list[Layer], constants: list[float]) -> Tensor:
+    """One layer after the other. The result is ``[B, C]`` if ``x`` is, or if there is pooling."""
+    constants = iter(constants)
+    image = as_images(x)
+    for kind, (first, second, _), kernels in sequence:
+        if kind == Kind.CONV3X3:
+            image = _conv(image, *kernels, bool(second), stride=2, padding=1)
+        elif kind == Kind.DEPTHWISE:
+            image = _depthwise(image, *kernels, first, bool(second))
+        elif kind == Kind.FFN:
+            image = _ffn(image, *kernels)
+        elif kind == Kind.MIXER:
+            image = eager.shsa_mixer(image, *kernels, first, next(constants), next(constants), False, False)
+        elif kind == Kind.PATCH_MERGING:
+            image = _patch_merging(image, *kernels)
+        elif kind == Kind.POOL:
+            image = pool(image)[:, :, None, None]
+        else:
+            image = _conv(image, *kernels, bool(second))
+    return image.flatten(1) if gives_rows(x, (layer.kind for layer in sequence)) else image
+
+
+def sequence(x: Tensor, weights: list[Tensor], code: list[int], constants: list[float]) -> Tensor:
     """One layer after the other: each is some integers (``ops.Kind``), weights and constants.
 
     Weights are flattened tensors (``ops.flatten``), each of one or more layers. ``x`` may be rows ``[B, C]``, images of
     one pixel. The result is ``[B, C]`` if ``x`` is, or if there is pooling.
     """
-    constants = iter(constants)
-    image = as_images(x)
-    for kind, (first, second, _), own in layers_of(layers, weights, x.shape[1]):
-        if kind == Kind.CONV3X3:
-            image = conv3x3(image, *own, bool(second))
-        elif kind == Kind.DEPTHWISE:
-            image = depthwise(image, *own, first, bool(second))
-        elif kind == Kind.FFN:
-            image = ffn(image, *own)
-        elif kind == Kind.MIXER:
-            image = mixer(image, *own, first, next(constants), next(constants))
-        elif kind == Kind.PATCH_MERGING:
-            image = patch_merging(image, *own)
-        elif kind == Kind.POOL:
-            image = pool(image)[:, :, None, None]
-        else:
-            image = pointwise(image, None, *own, bool(second))
-    return image.flatten(1) if gives_rows(x, layers) else image
+    return run(x, layers(weights, code, x.shape[1]), constants)
 
 
 class Operators(NamedTuple):
