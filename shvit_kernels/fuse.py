@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import functional
 from .accelerate import is_stock_shsa
 from .backends import eager, fused, is_traced_to_aten
 from .modules import hooks_on_all_modules, is_plain
@@ -23,6 +24,23 @@ class _Inference(nn.Module):
         if mode:
             raise RuntimeError("a fused model is for inference alone: train the model that it was made of, and fuse it")
         return super().train(False)
+
+
+def _mix(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    qk_dim: int,
+    norm_eps: float,
+    scale: float,
+) -> Tensor:
+    """The attention layer on the backend for ``x``."""
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
+    return functional.shsa_mixer(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk_dim=qk_dim, scale=scale, **norm)
 
 
 class FusedLayers(_Inference):
@@ -51,11 +69,11 @@ class FusedLayers(_Inference):
         return ", ".join(kind.name.lower() for kind in self.kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        operators = fused.operators(x)
-        layers = self._kept_layers(x) if operators is fused.SPECIFICATION else None
-        if layers is not None:
-            return fused.run(x, layers, self.constants)
-        return operators.sequence(x, _weights([self]), self.code, self.constants)
+        operators, weights = fused.operators(x), _weights([self])
+        if operators is fused.NATIVE:
+            return operators.sequence(x, weights, self.code, self.constants)
+        layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
+        return fused.run(x, layers, self.constants, _mix)
 
     def _kept_layers(self, x: Tensor) -> list[fused.Layer] | None:
         """The layers for PyTorch's operators, made once from the weights; None where they must be made at each call.
@@ -422,9 +440,10 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     convolutions and linear layers, and the identity of depthwise residuals into their kernel. What is not recognised
     (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is.
 
-    On the CPU in float32 the operators are compiled kernels. On other devices and dtypes, under ``torch.jit.trace`` and
-    ``torch.onnx.export``, and where a gradient of the input is asked for, they are PyTorch operators with the same
-    result. Images between the blocks are channels_last.
+    On the CPU in float32 the operators are compiled kernels. On other devices and dtypes, and where a gradient of the
+    input is asked for, attention layers are :func:`shsa_mixer` on its backend and the others PyTorch operators with the
+    same result; under ``torch.jit.trace`` and ``torch.onnx.export`` all are PyTorch operators. The compiled kernels keep
+    images channels_last between the blocks.
 
     Models in bfloat16 run, and on the CPU gain where PyTorch's operators do: with many images at a time, on a processor
     with instructions for bfloat16. One image is faster in float32, and so is everything on other processors.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shvit_kernels
 from shvit_kernels import SHViT, accelerate, fuse
 from shvit_kernels._randomise import randomise
-from shvit_kernels.backends import fused
+from shvit_kernels.backends import cpu, fused
 from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.fuse import FusedLayers
 from shvit_kernels.models.shvit import Residual
@@ -480,9 +480,11 @@ def test_gradients_of_the_input(fast):
 
 
 @native_tier.needs_native
-def test_compile(fast):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compile(fast, dtype):
+    fast, x = fast.to(dtype), X.to(dtype)
     compiled = torch.compile(fast, fullgraph=True)
-    assert_near(outputs(compiled, X), outputs(fast, X), 1e-5)
+    assert_near(outputs(compiled, x), outputs(fast, x), 1e-5)
 
 
 @native_tier.needs_native
@@ -512,6 +514,17 @@ def test_backends_can_be_named(fast):
         by_specification = outputs(fast, X)
     assert not torch.equal(by_specification, outputs(fast, X))  # it was another computation
     assert_near(by_specification, outputs(fast, X), 1e-5)
+
+
+@native_tier.needs_native
+def test_mixers_run_on_the_backend_for_their_input(fast, monkeypatch):
+    calls, mix = [], cpu.shsa_mixer
+    monkeypatch.setattr(cpu, "shsa_mixer", lambda *a: calls.append(a[0].dtype) or mix(*a))
+    result = outputs(fast.double(), X.double())
+    assert calls == [torch.float64] * ALL_OF_SMALL[Kind.MIXER]
+    with shvit_kernels.use_backend("eager"):
+        assert_near(outputs(fast, X.double()), result, 1e-12)
+    assert len(calls) == ALL_OF_SMALL[Kind.MIXER]
 
 
 # Bad input

@@ -45,6 +45,10 @@ def _ffn(x: Tensor, kernel1: Tensor, bias1: Tensor, kernel2: Tensor, bias2: Tens
     return x + _conv(_conv(x, kernel1, bias1, True), kernel2, bias2)
 
 
+def _mixer(x: Tensor, *arguments) -> Tensor:
+    return eager.shsa_mixer(x, *arguments, False, False)
+
+
 def _patch_merging(x: Tensor, *kernels: Tensor) -> Tensor:
     """Pointwise with ReLU, depthwise of stride 2 with ReLU, squeeze-and-excitation, pointwise."""
     conv1, conv2, fc1, fc2, conv3 = zip(kernels[::2], kernels[1::2], strict=True)
@@ -89,7 +93,7 @@ def mixer(
 ) -> Tensor:
     """``shsa_mixer`` with a packed projection."""
     attention = (norm_weight, norm_bias, qkv_weight, qkv_bias)
-    return eager.shsa_mixer(x, *attention, unpack(weight, bias.shape[0]), bias, qk_dim, norm_eps, scale, False, False)
+    return _mixer(x, *attention, unpack(weight, bias.shape[0]), bias, qk_dim, norm_eps, scale)
 
 
 def pool(x: Tensor) -> Tensor:
@@ -137,8 +141,12 @@ def layers(weights: list[Tensor], code: list[int], channels: int) -> list[Layer]
     ]
 
 
-def run(x: Tensor, sequence: list[Layer], constants: list[float]) -> Tensor:
-    """One layer after the other. The result is ``[B, C]`` if ``x`` is, or if there is pooling."""
+def run(x: Tensor, sequence: list[Layer], constants: list[float], mix: Callable[..., Tensor]) -> Tensor:
+    """One layer after the other. The result is ``[B, C]`` if ``x`` is, or if there is pooling.
+
+    Args:
+        mix: computes what ``mixer`` does, of a projection that is not packed.
+    """
     constants = iter(constants)
     image = as_images(x)
     for kind, (first, second, _), kernels in sequence:
@@ -149,7 +157,7 @@ def run(x: Tensor, sequence: list[Layer], constants: list[float]) -> Tensor:
         elif kind == Kind.FFN:
             image = _ffn(image, *kernels)
         elif kind == Kind.MIXER:
-            image = eager.shsa_mixer(image, *kernels, first, next(constants), next(constants), False, False)
+            image = mix(image, *kernels, first, next(constants), next(constants))
         elif kind == Kind.PATCH_MERGING:
             image = _patch_merging(image, *kernels)
         elif kind == Kind.POOL:
@@ -165,7 +173,7 @@ def sequence(x: Tensor, weights: list[Tensor], code: list[int], constants: list[
     Weights are flattened tensors (``ops.flatten``), each of one or more layers. ``x`` may be rows ``[B, C]``, images of
     one pixel. The result is ``[B, C]`` if ``x`` is, or if there is pooling.
     """
-    return run(x, layers(weights, code, x.shape[1]), constants)
+    return run(x, layers(weights, code, x.shape[1]), constants, _mixer)
 
 
 class Operators(NamedTuple):
