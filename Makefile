@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 SET_UP := $(VENV)/.requirements-installed
 BUILT := $(VENV)/.library-built
 SOURCES := $(shell find csrc)
-CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests/cuda_host))
 export IMAGE CHECKPOINT
 
 run: $(BUILT)
