@@ -83,7 +83,7 @@ struct Conv3x3 {
       }
       gemm_packed<float, VB, kTile>(
           halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels, row == first_}, 0,
-          a_.outputs, LinearFinish{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+          a_.outputs, LinearFinish<float>{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
     }
 
     // A row of outputs needs the last line of the one before, so three lines take turns.

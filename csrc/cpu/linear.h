@@ -8,23 +8,25 @@ namespace {
 
 using shvit::Activation;
 
-// Where a product goes: y[row][column] = bias + sum (+ residual), then ReLU or not. Rows of y and of the
+// Where a product goes: y[row][column] = sum (+ bias) (+ residual), then ReLU or not. Rows of y and of the
 // residual are `ld` values apart and `columns` long.
+template <class T>
 struct LinearFinish {
   static constexpr bool kDeep = true;
-  const float *bias, *residual;
-  float* y;
+  const T *bias, *residual;
+  T* y;
   int64_t columns, ld;
   bool relu;
 
   // Brings in what a tile reads and writes in the end, before its sums.
+  static constexpr int kLine = Ahead::kLine / sizeof(T);
   template <int MR, int Columns>
   SHVIT_INLINE void prepare(int64_t row, int64_t column) const {
     int64_t at = row * ld + column;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i, at = next(at)) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Columns; j += kPanel) {
+      for (int j = 0; j < Columns; j += kLine) {
         __builtin_prefetch(y + at + j, 1);
         if (residual) __builtin_prefetch(residual + at + j, 0);
       }
@@ -33,14 +35,16 @@ struct LinearFinish {
 
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t row, int64_t column, V (&acc)[MR][NV]) const {
-    constexpr int W = kLanes<float, sizeof(V)>;
+    constexpr int W = kLanes<T, sizeof(V)>;
     const int64_t last = columns - column - (NV - 1) * W;  // values of the last vector, which can be cut
-    const auto get = [&](const float* p, int j) SHVIT_INLINE_LAMBDA {
+    const auto get = [&](const T* p, int j) SHVIT_INLINE_LAMBDA {
       return j < NV - 1 || last >= W ? load<V>(p + j * W) : load_some<sizeof(V)>(p + j * W, last);
     };
-    V b[NV];  // added last: a large one would cost every partial sum its low bits
+    V b[NV] = {};  // added last: a large one would cost every partial sum its low bits
+    if (bias) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) b[j] = get(bias + column, j);
+      for (int j = 0; j < NV; ++j) b[j] = get(bias + column, j);
+    }
     int64_t at = row * ld + column;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i, at = next(at)) {
@@ -95,7 +99,7 @@ struct LinearTasks {
 // Rows of a product by packed weights, for a range of columns.
 template <int VB>
 __attribute__((noinline)) void linear_rows(int64_t M, MatrixView<float> x, PackedWeights<float> weight,
-                                           int64_t begin, int64_t end, LinearFinish finish) {
+                                           int64_t begin, int64_t end, LinearFinish<float> finish) {
   constexpr int W = kLanes<float, VB>, kRows = kTileRows<VB, true>;
   const WholeRows<float> rows{x, weight.rows};
   if constexpr (W == kPanel && kRows >= 12) {

@@ -11,6 +11,7 @@
 // backward makes y once more.
 #pragma once
 
+#include "linear.h"
 #include "shsa_backward.h"
 #include "shsa_forward.h"
 
@@ -54,32 +55,14 @@ SHVIT_INLINE int64_t row_distance(int64_t columns) {
 
 // Into rows, of which only `columns` are there.
 template <class T>
-struct RowsFinish {
-  static constexpr bool kDeep = true;
-  T* c;
-  int64_t columns, ld;
-
-  template <class V, int MR, int NV>
-  SHVIT_INLINE void operator()(int64_t first, int64_t column, V (&acc)[MR][NV]) const {
-    constexpr int64_t W = sizeof(V) / sizeof(T);
-    each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-      const int64_t at = column + j * W;
-      T* p = c + (first + i) * ld + at;
-      if (columns - at >= W) {
-        store(p, v);
-      } else {
-        T lanes[W];
-        store(lanes, v);
-        copy_lanes(p, lanes, columns - at);
-      }
-    });
-  }
-};
+SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
+  return {nullptr, nullptr, rows, columns, ld, false};
+}
 
 // Rows [M, C] times packed [C, N].
 template <class T, int VB>
 __attribute__((noinline)) void product_of_rows(int64_t M, int64_t N, int64_t C, const T* rows, int64_t ld,
-                                               const T* packed, RowsFinish<T> finish) {
+                                               const T* packed, LinearFinish<T> finish) {
   gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, 0, N,
                                           finish);
 }
@@ -368,7 +351,7 @@ struct MixerTrainForward {
     for (int64_t t = 0; t < rows; ++t)
       map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(rows, s.C, s.C, scratch.y, ld(a), workspace.packed, {projected, s.C, s.C});
+    product_of_rows<T, VB>(rows, s.C, s.C, scratch.y, ld(a), workspace.packed, into_rows(projected, s.C, s.C));
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
@@ -384,7 +367,7 @@ struct MixerTrainForward {
         map_row<VB>(x.data + c * s.N, scratch.y + c * distance + piece.row, piece.n, Relu{});
     });
     product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
-                              scratch.y, distance, RowsFinish<T>{scratch.p, tokens, distance});
+                              scratch.y, distance, into_rows(scratch.p, tokens, distance));
     measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
     blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
       T* projected = image_of(a, a.projected, piece.image, piece.token).data;
@@ -695,10 +678,10 @@ struct MixerTrainBackward {
     if (!needs_attention(a)) return;
     T* dattended = workspace.dattended + first * s.P;
     if (by_channel) {
-      product_of_rows<T, VB>(s.C, tokens, s.C, workspace.packed, s.C, dp, {dy, tokens, distance(a)});
+      product_of_rows<T, VB>(s.C, tokens, s.C, workspace.packed, s.C, dp, into_rows(dy, tokens, distance(a)));
       transpose(dy, distance(a), s.P, tokens, dattended, s.P);
     } else {
-      product_of_rows<T, VB>(tokens, s.C, s.C, dp, ld(a), workspace.packed, {dy, s.C, ld(a)});
+      product_of_rows<T, VB>(tokens, s.C, s.C, dp, ld(a), workspace.packed, into_rows(dy, s.C, ld(a)));
       for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
     }
     if (!a.attention.dx) return;

@@ -172,7 +172,8 @@ SHVIT_INLINE void sigmoid_row(float* row, int64_t n) {
   if (i < n) store_some<VB>(row + i, sigmoid<VB>(load_some<VB>(row + i, n - i)), n - i);
 }
 
-// f(vector, first column) for n columns of a panel, and the few more that vectors of kColumnStep take.
+// f(vector, first column) for n columns of a panel, and the few more that vectors of kColumnStep take: behind
+// those may lie what another thread writes.
 template <class T, int VB, class F>
 SHVIT_INLINE void over_columns(int64_t n, F f) {
   constexpr int64_t kStep = kColumnStep<T, VB>;
@@ -289,19 +290,19 @@ SHVIT_INLINE void mask_image(ImageView<const S> gradient, ImageView<const S> y, 
   }
 }
 
-// Sums over the n tokens of a panel's row, of f(vector, column). Beyond n, a panel is read up to the next
-// kColumnStep: behind that may lie what another thread writes.
+// Sums over the n tokens of a panel's row, of f(vector, column).
 template <int VB, class T, class F>
 SHVIT_INLINE Vec<T, VB> sum_lanes_of_row(int64_t n, F f) {
-  constexpr int W = kLanes<T, VB>;
   Vec<T, VB> sum{};
-  int64_t t = 0;
-  for (; t + W <= n; t += W) sum += f(Vec<T, VB>{}, t);
-  if constexpr (kColumnStep<T, VB> < W) {
-    if (t < n && n - t <= kColumnStep<T, VB>)
-      return sum + below_zeros<T, VB>(keep_lanes(f(Vec<T, VB / 2>{}, t), n - t));
-  }
-  if (t < n) sum += keep_lanes(f(Vec<T, VB>{}, t), n - t);
+  over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
+    auto v = f(lanes, t);
+    if (n - t < kLanes<T, sizeof(v)>) v = keep_lanes(v, n - t);
+    if constexpr (sizeof(v) == VB) {
+      sum += v;
+    } else {
+      sum += below_zeros<T, VB>(v);
+    }
+  });
   return sum;
 }
 template <int VB, class T, class F>

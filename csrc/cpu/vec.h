@@ -58,8 +58,27 @@ __attribute__((noinline)) void copy_lanes(T* p, const T* lanes, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros.
-#if SHVIT_LANE_MASKS  // AVX-512, which this one place uses by name: the compiler would go lane by lane
+// The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros. AVX-512 is used by name
+// here alone: the compiler would go lane by lane.
+template <int VB, class T>
+SHVIT_INLINE void store_some(T* p, Vec<T, VB> v, int64_t n) {
+#if SHVIT_LANE_MASKS
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const unsigned mask = (1u << n) - 1;
+    if constexpr (VB == 64) {
+      _mm512_mask_storeu_ps(p, mask, v);
+    } else {
+      static_assert(VB == 32);
+      _mm256_mask_storeu_ps(p, mask, v);
+    }
+    return;
+  }
+#endif
+  T lanes[kLanes<T, VB>];
+  store(lanes, v);
+  copy_lanes(p, lanes, n);
+}
+#if SHVIT_LANE_MASKS
 template <int VB>
 SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
   const unsigned mask = (1u << n) - 1;
@@ -69,23 +88,6 @@ SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
     static_assert(VB == 32);
     return _mm256_maskz_loadu_ps(mask, p);
   }
-}
-template <int VB>
-SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
-  const unsigned mask = (1u << n) - 1;
-  if constexpr (VB == 64) {
-    _mm512_mask_storeu_ps(p, mask, v);
-  } else {
-    static_assert(VB == 32);
-    _mm256_mask_storeu_ps(p, mask, v);
-  }
-}
-#else
-template <int VB>
-SHVIT_INLINE void store_some(float* p, Vec<float, VB> v, int64_t n) {
-  float lanes[kLanes<float, VB>];
-  store(lanes, v);
-  copy_lanes(p, lanes, n);
 }
 #endif
 
