@@ -66,7 +66,28 @@ struct Ahead {
   }
 };
 
-// The same at once.
+// What a tile reads and writes in the end: a row of it is brought into the first-level cache with every
+// Ahead::kRows rows of B.
+struct EndsAhead {
+  const char *written = nullptr, *read = nullptr;  // read may be null
+  int64_t distance = 0;                            // from one row to the next
+  int rows = 0;
+
+  template <int Bytes>
+  SHVIT_INLINE void next_row() {
+    if (rows == 0) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < Bytes; i += static_cast<int>(Ahead::kLine)) {
+      __builtin_prefetch(written + i, 1);
+      if (read) __builtin_prefetch(read + i, 0);
+    }
+    written += distance;
+    if (read) read += distance;
+    --rows;
+  }
+};
+
+// Lines that are brought in at once.
 template <class T>
 SHVIT_INLINE void prefetch(const T* data, int64_t count) {
   for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(T)))
@@ -75,30 +96,42 @@ SHVIT_INLINE void prefetch(const T* data, int64_t count) {
 
 // NV vectors, and half a vector more with Half. The sums go to finish(first row, sums), those of half vectors
 // to finish.behind(NV vectors).
-template <class T, int VB, int MR, int NV, bool Half = false, class A, class Finish>
-SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish, Ahead ahead = {}) {
+template <class T, int VB, int MR, int NV, bool Half = false, bool Ends = false, class A, class Finish>
+SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish, Ahead ahead = {},
+                            EndsAhead ends = {}) {
   using V = Vec<T, VB>;
   using H = Vec<T, Half ? VB / 2 : VB>;
   V acc[MR][NV] = {};
   H half_acc[MR][1] = {};
   a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
     const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
-    for (int64_t k = 0; k < depth; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
-      if (k % Ahead::kRows == 0)
-        for (int64_t i = 0; i < ahead.lines && ahead.next < ahead.end; ++i, ahead.next += Ahead::kLine)
-          __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
-      V row[NV];
+    const auto rows_of_b = [&](int64_t k, int64_t end, auto with_ends) SHVIT_INLINE_LAMBDA {
+      for (; k < end; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
+        if (k % Ahead::kRows == 0) {
+          for (int64_t i = 0; i < ahead.lines && ahead.next < ahead.end; ++i, ahead.next += Ahead::kLine)
+            __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
+          if constexpr (decltype(with_ends)::value) ends.template next_row<NV * VB>();
+        }
+        V row[NV];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
-      H half_row{};
-      if constexpr (Half) half_row = load<H>(bk + NV * b.vector_stride);
+        for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
+        H half_row{};
+        if constexpr (Half) half_row = load<H>(bk + NV * b.vector_stride);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const T s = ak[i * piece.row_stride];
+        for (int i = 0; i < MR; ++i) {
+          const T s = ak[i * piece.row_stride];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
-        if constexpr (Half) half_acc[i][0] += s * half_row;
+          for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
+          if constexpr (Half) half_acc[i][0] += s * half_row;
+        }
       }
+    };
+    if constexpr (Ends) {
+      const int64_t head = ends.rows * Ahead::kRows;
+      rows_of_b(0, head < depth ? head : depth, Count<1>{});
+      if (head < depth) rows_of_b(head, depth, Count<0>{});
+    } else {
+      rows_of_b(0, depth, Count<0>{});
     }
   });
   finish(first, acc);
@@ -109,9 +142,11 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish,
 template <class T, int VB, int MR, int NV, class A, class Finish>
 __attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
                                                const Finish& finish, Ahead ahead) {
-  if constexpr (requires { finish.template prepare<MR, 1>(first); })
-    finish.template prepare<MR, NV * kLanes<T, VB>>(first);
-  gemm_tile<T, VB, MR, NV>(first, a, b, finish, ahead);
+  if constexpr (requires { finish.ends(first, MR); }) {
+    gemm_tile<T, VB, MR, NV, false, true>(first, a, b, finish, ahead, finish.ends(first, MR));
+  } else {
+    gemm_tile<T, VB, MR, NV>(first, a, b, finish, ahead);
+  }
 }
 
 // A tile of `rows` rows, at most MR.
@@ -238,11 +273,10 @@ struct ColumnsFrom {
   SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
     finish(first, n, acc);
   }
-  template <int MR, int Columns>
-  SHVIT_INLINE void prepare(int64_t first) const
-    requires requires { finish.template prepare<MR, Columns>(first, n); }
+  SHVIT_INLINE EndsAhead ends(int64_t first, int rows) const
+    requires requires { finish.ends(first, n, rows); }
   {
-    finish.template prepare<MR, Columns>(first, n);
+    return finish.ends(first, n, rows);
   }
 };
 

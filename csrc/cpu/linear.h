@@ -18,19 +18,11 @@ struct LinearFinish {
   int64_t columns, ld;
   bool relu;
 
-  // Brings in what a tile reads and writes in the end, before its sums.
-  static constexpr int kLine = Ahead::kLine / sizeof(T);
-  template <int MR, int Columns>
-  SHVIT_INLINE void prepare(int64_t row, int64_t column) const {
-    int64_t at = row * ld + column;
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i, at = next(at)) {
-#pragma GCC unroll 4
-      for (int j = 0; j < Columns; j += kLine) {
-        __builtin_prefetch(y + at + j, 1);
-        if (residual) __builtin_prefetch(residual + at + j, 0);
-      }
-    }
+  SHVIT_INLINE EndsAhead ends(int64_t row, int64_t column, int rows) const {
+    const int64_t at = row * ld + column;
+    return {reinterpret_cast<const char*>(y + at),
+            reinterpret_cast<const char*>(residual ? residual + at : nullptr),
+            ld * static_cast<int64_t>(sizeof(T)), rows};
   }
 
   template <class V, int MR, int NV>
