@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from .accelerate import is_stock_shsa
 from .backends import eager, fused, is_traced_to_aten
+from .backends.operators import tracks_gradients
 from .modules import hooks_on_all_modules, is_plain
 from .ops import CODE, Kind, flatten, pack
 
@@ -43,6 +45,24 @@ def _mix(
     return functional.shsa_mixer(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk_dim=qk_dim, scale=scale, **norm)
 
 
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether a call is differentiated or traced, which the specification alone can be without limits."""
+    if is_traced_to_aten() or tracks_gradients(*tensors):
+        return True
+    transforms = None if torch.compiler.is_compiling() else get_interpreter_stack()
+    return transforms is not None and any(level.key() != TransformType.Vmap for level in transforms)
+
+
+class _Kept(NamedTuple):
+    """Layers, and the parameter that they were made of: its address and version then."""
+
+    parameter: nn.Parameter
+    found: tuple[int, int]
+    layers: list[fused.Layer]
+    alias: Tensor
+    """Of the weights: while it is there, no others come to their address."""
+
+
 class FusedLayers(_Inference):
     """Layers one after the other as one operator (``backends.fused.sequence``).
 
@@ -52,7 +72,7 @@ class FusedLayers(_Inference):
         weights: of all layers, flattened; None if they have none. A parameter that asks for no gradient.
     """
 
-    _kept: tuple[tuple[int, int], Tensor, list[fused.Layer]] | None = None
+    _kept: _Kept | None = None
 
     def __init__(self, code: list[int], constants: list[float], weights: Tensor | None):
         super().__init__()
@@ -70,7 +90,7 @@ class FusedLayers(_Inference):
 
     def forward(self, x: Tensor) -> Tensor:
         operators, weights = fused.operators(x), _weights([self])
-        if operators is fused.NATIVE:
+        if operators is fused.NATIVE or _is_transformed(x, *weights):
             return operators.sequence(x, weights, self.code, self.constants)
         layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
         return fused.run(x, layers, self.constants, _mix)
@@ -78,20 +98,22 @@ class FusedLayers(_Inference):
     def _kept_layers(self, x: Tensor) -> list[fused.Layer] | None:
         """The layers for PyTorch's operators, made once from the weights; None where they must be made at each call.
 
-        To unpack the weights takes a quarter of a call with one image. Changes through ``weights.data`` are not seen.
+        On the CPU alone, where to unpack the weights takes a quarter of a call with one image: elsewhere, streams and
+        graphs of calls would have to know of them.
         """
         weights = self.weights
-        # Tracers record how the weights are unpacked; not parameters are what functional_call puts in their place.
-        if torch.compiler.is_compiling() or is_traced_to_aten() or type(weights) is not nn.Parameter:
+        # Not parameters are what functional_call puts in their place.
+        if torch.compiler.is_compiling() or type(weights) is not nn.Parameter or not weights.is_cpu:
             return None
-        if x.shape[1] != self.code[1] or weights.requires_grad or weights.is_inference():
+        if x.shape[1] != self.code[1] or weights.is_inference():
             return None
-        made_of, kept = (weights.data_ptr(), weights._version), self._kept
-        if kept is None or kept[0] != made_of:
-            with torch.inference_mode(False), torch.no_grad():  # a later call may ask for the gradient of its input
-                alias = weights.detach()  # while it is kept, no other weights come to this address
-                kept = self._kept = made_of, alias, fused.layers([alias], self.code, x.shape[1])
-        return kept[2]
+        kept, found = self._kept, (weights.data_ptr(), weights._version)
+        if kept is None or kept.parameter is not weights or kept.found != found:
+            alias = weights.detach()
+            if type(alias) is not Tensor:  # under a mode that makes other tensors of it
+                return None
+            kept = self._kept = _Kept(weights, found, fused.layers([alias], self.code, x.shape[1]), alias)
+        return kept.layers
 
     def _apply(self, fn, recurse=True):
         self._kept = None  # what is moved is not kept twice
@@ -440,10 +462,11 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     convolutions and linear layers, and the identity of depthwise residuals into their kernel. What is not recognised
     (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is.
 
-    On the CPU in float32 the operators are compiled kernels. On other devices and dtypes, and where a gradient of the
-    input is asked for, attention layers are :func:`shsa_mixer` on its backend and the others PyTorch operators with the
-    same result; under ``torch.jit.trace`` and ``torch.onnx.export`` all are PyTorch operators. The compiled kernels keep
-    images channels_last between the blocks.
+    On the CPU in float32 the operators are compiled kernels, which keep images channels_last between the blocks. On
+    other devices and dtypes attention layers are :func:`shsa_mixer` on its backend and the others PyTorch operators
+    with the same result; on the CPU these keep their weights a second time, and see changes that PyTorch counts (not
+    those through ``.data`` or by ``torch.distributed``). Under ``torch.jit.trace`` and ``torch.onnx.export``, and where
+    derivatives are asked for, all are PyTorch operators.
 
     Models in bfloat16 run, and on the CPU gain where PyTorch's operators do: with many images at a time, on a processor
     with instructions for bfloat16. One image is faster in float32, and so is everything on other processors.
@@ -452,9 +475,9 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
         model: in evaluation mode; it is not changed.
 
     Returns:
-        A module with the call signature and the attributes of ``model``, which can be moved, copied, pickled, compiled
-        and exported. Its weights are packed: its state dict fits other fused models alone. Of a bare block, the layers
-        that it is.
+        A module with the call signature of ``model``, which can be moved, copied, pickled, compiled and exported. Its
+        weights are packed: its state dict fits other fused models alone. It has the attributes of ``model``, unless
+        that is a bare block, which becomes the layers that it is.
 
     Raises:
         TypeError: if ``model`` is no module.

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shvit_kernels
 from shvit_kernels import SHViT, accelerate, fuse
@@ -261,15 +262,20 @@ def test_replicas_of_data_parallel():
     assert torch.equal(outputs(replica, x), outputs(layers, x))
 
 
+def fused_ffn(seed: int) -> nn.Module:
+    block = Residual(shvit_kernels.models.shvit.FFN(16, 32))
+    return fuse(randomise(block, seed=seed).double().eval())
+
+
 def test_unpacked_weights_are_kept_until_they_change():
-    layers = fuse(Residual(randomise(shvit_kernels.models.shvit.FFN(16, 32), seed=1)).double().eval())
+    layers = fused_ffn(1)
     x = images(8, channels=16)
     first, kept = outputs(layers, x), layers._kept
     assert torch.equal(outputs(layers, x), first) and layers._kept is kept
     with torch.no_grad():
         layers.weights.mul_(2)
     assert not torch.equal(outputs(layers, x), first)
-    other = fuse(Residual(randomise(shvit_kernels.models.shvit.FFN(16, 32), seed=2)).double().eval())
+    other = fused_ffn(2)
     layers.load_state_dict(other.state_dict())
     assert torch.equal(outputs(layers, x), outputs(other, x))
     half = copy.deepcopy(layers).bfloat16().double()
@@ -281,18 +287,48 @@ def test_unpacked_weights_are_kept_until_they_change():
     assert copy.deepcopy(layers)._kept is None
 
 
+def test_rebound_weights_are_seen():
+    layers = fused_ffn(1)
+    x = images(8, channels=16)
+    first = outputs(layers, x)
+    layers.weights = nn.Parameter(layers.weights.data.mul_(2), requires_grad=False)  # same address, same version
+    assert not torch.equal(outputs(layers, x), first)
+
+
+def test_fake_tensors_are_not_kept():
+    layers = fused_ffn(1)
+    x = images(8, channels=16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layers(mode.from_tensor(x))
+    assert type(outputs(layers, x)) is Tensor
+
+
+def test_any_derivative_of_the_input():
+    layers = fuse(randomise(Residual(shvit_kernels.SHSA(12, 8, 5)), seed=1).double().eval())
+    x = images(2, channels=12)
+    outputs(layers, x)
+    of_sum = lambda t: layers(t).square().sum()  # noqa: E731
+    gradient = torch.func.grad(of_sum)(x)
+    assert_near(torch.func.jacrev(of_sum)(x), gradient, 1e-12)
+    along = torch.func.jvp(of_sum, (x,), (torch.ones_like(x),))[1]
+    assert_near(along, gradient.sum(), 1e-9)
+    assert torch.autograd.gradgradcheck(layers, (x[:1].clone().requires_grad_(),))
+    assert_near(torch.func.vmap(layers)(x[:, None])[:, 0], outputs(layers, x), 1e-12)
+
+
 def test_a_gradient_after_inference_mode():
-    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval())
+    layers = fused_ffn(1)
     x = images(8, channels=16)
     with torch.inference_mode():
-        layers(x)
+        expected = layers(x)
+    assert torch.equal(outputs(layers, x), expected)
     x.requires_grad_()
     layers(x).sum().backward()
     assert x.grad.abs().sum() > 0
 
 
 def test_weights_that_ask_for_gradients_get_them():
-    layers = fuse(Residual(shvit_kernels.models.shvit.FFN(16, 32)).double().eval())
+    layers = fused_ffn(1)
     x = images(8, channels=16)
     outputs(layers, x)
     layers.weights.requires_grad_()
