@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
@@ -43,14 +42,6 @@ def _mix(
     """The attention layer on the backend for ``x``."""
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     return functional.shsa_mixer(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk_dim=qk_dim, scale=scale, **norm)
-
-
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether a call is differentiated or traced, which the specification alone can be without limits."""
-    if is_traced_to_aten() or tracks_gradients(*tensors):
-        return True
-    transforms = None if torch.compiler.is_compiling() else get_interpreter_stack()
-    return transforms is not None and any(level.key() != TransformType.Vmap for level in transforms)
 
 
 class _Kept(NamedTuple):
@@ -90,7 +81,8 @@ class FusedLayers(_Inference):
 
     def forward(self, x: Tensor) -> Tensor:
         operators, weights = fused.operators(x), _weights([self])
-        if operators is fused.NATIVE or _is_transformed(x, *weights):
+        # The specification has derivatives of any order, and tracers know what it is made of.
+        if operators is fused.NATIVE or is_traced_to_aten() or tracks_gradients(x, *weights):
             return operators.sequence(x, weights, self.code, self.constants)
         layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
         return fused.run(x, layers, self.constants, _mix)
