@@ -253,8 +253,8 @@ SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T
   if (x.token_stride == 1)
     for (int64_t c = 0; c < channels; c += kChannels) {
       const T* planes = x.data + c * x.channel_stride;
-      const int64_t count = min64(kChannels, channels - c), left = channels - c - count;
-      prefetch(planes + count * x.channel_stride, min64(kChannels, left) * x.channel_stride);
+      const int64_t count = min64(kChannels, channels - c), next = min64(kChannels, channels - c - count);
+      for (int64_t i = 0; i < next; ++i) prefetch(planes + (count + i) * x.channel_stride, n);
       transpose(planes, x.channel_stride, count, n, rows + c, ld);
     }
   for (int64_t t = 0; t < n; ++t) {
