@@ -45,13 +45,14 @@ def _mix(
 
 
 class _Kept(NamedTuple):
-    """Layers, and the parameter that they were made of: its address and version then."""
+    """Layers, and the parameter that they were made of: its address and version then.
+
+    Biases are views of the parameter, so that nothing else comes to its address.
+    """
 
     parameter: nn.Parameter
     found: tuple[int, int]
     layers: list[fused.Layer]
-    alias: Tensor
-    """Of the weights: while it is there, no others come to their address."""
 
 
 class FusedLayers(_Inference):
@@ -104,7 +105,7 @@ class FusedLayers(_Inference):
             alias = weights.detach()
             if type(alias) is not Tensor:  # under a mode that makes other tensors of it
                 return None
-            kept = self._kept = _Kept(weights, found, fused.layers([alias], self.code, x.shape[1]), alias)
+            kept = self._kept = _Kept(weights, found, fused.layers([alias], self.code, x.shape[1]))
         return kept.layers
 
     def _apply(self, fn, recurse=True):

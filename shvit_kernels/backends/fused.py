@@ -37,6 +37,10 @@ def _conv(x: Tensor, kernel: Tensor, bias: Tensor, relu: bool = False, **setting
     return F.relu(y) if relu else y
 
 
+def _conv_stride2(x: Tensor, kernel: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return _conv(x, kernel, bias, relu, stride=2, padding=1)
+
+
 def _depthwise(x: Tensor, kernel: Tensor, bias: Tensor, stride: int, relu: bool) -> Tensor:
     return _conv(x, kernel, bias, relu, stride=stride, padding=1, groups=x.shape[1])
 
@@ -59,7 +63,7 @@ def _patch_merging(x: Tensor, *kernels: Tensor) -> Tensor:
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """3x3 convolution with stride 2 and padding 1; inputs of ``weight`` are ordered kernel row, column, channel."""
-    return _conv(x, _kernel3x3(weight, bias), bias, relu, stride=2, padding=1)
+    return _conv_stride2(x, _kernel3x3(weight, bias), bias, relu)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu: bool) -> Tensor:
@@ -151,7 +155,7 @@ def run(x: Tensor, sequence: list[Layer], constants: list[float], mix: Callable[
     image = as_images(x)
     for kind, (first, second, _), kernels in sequence:
         if kind == Kind.CONV3X3:
-            image = _conv(image, *kernels, bool(second), stride=2, padding=1)
+            image = _conv_stride2(image, *kernels, bool(second))
         elif kind == Kind.DEPTHWISE:
             image = _depthwise(image, *kernels, first, bool(second))
         elif kind == Kind.FFN:
