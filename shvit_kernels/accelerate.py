@@ -42,14 +42,15 @@ def _why_not(layer: nn.Module) -> str | None:
         return "another projection"
     if not _projects(proj[1], layer.dim, layer.dim):
         return "another projection"
-    if layer._parameters or layer._buffers or "forward" in vars(layer):
+    derived = any(base.__name__ == type(layer).__name__ for base in type(layer).__mro__[1:])
+    if layer._parameters or layer._buffers or "forward" in vars(layer) or derived:
         return "additions of their own"
     return None
 
 
 def is_stock_shsa(layer: nn.Module) -> bool:
     """Whether a layer is an SHSA, ours or another, that computes what the stock one does."""
-    return (isinstance(layer, SHSA) or _is_shsa(layer)) and _why_not(layer) is None
+    return (type(layer) is SHSA or _is_shsa(layer)) and _why_not(layer) is None
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -62,7 +63,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     stay shared. Compiled models compile again at their next call. Calling it twice does nothing more.
 
     Layers that are an SHSA with another norm, activation or projection, or with additions of their own (parameters,
-    buffers, a ``forward`` on the instance), are left alone; one ``UserWarning`` says how many, which and why.
+    buffers, a ``forward`` on the instance, a class derived from another SHSA), are left alone; one ``UserWarning`` says
+    how many, which and why. What was done cannot be seen by ``torch.fx.symbolic_trace`` and ``torch.jit.script``, which
+    refuse the accelerated layer; ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` take it.
 
     Args:
         model: a model, or an SHSA layer.

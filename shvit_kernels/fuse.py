@@ -1,6 +1,7 @@
 """Whole models for inference: every block of SHViT as a few fused operators."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import is_
@@ -12,9 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from .accelerate import is_stock_shsa
-from .backends import eager, fused, is_traced_to_aten
-from .backends.operators import tracks_gradients
-from .modules import hooks_on_all_modules, is_plain
+from .backends import cpu, eager, fused, is_traced_to_aten, use_backend
+from .modules import conv_and_norm, hooks_on_all_modules, is_group_norm1, is_plain, is_sequence_of
 from .ops import CODE, Kind, flatten, pack
 
 
@@ -81,9 +81,10 @@ class FusedLayers(_Inference):
         return ", ".join(kind.name.lower() for kind in self.kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        operators, weights = fused.operators(x), _weights([self])
-        # The specification has derivatives of any order, and tracers know what it is made of.
-        if operators is fused.NATIVE or is_traced_to_aten() or tracks_gradients(x, *weights):
+        weights = _weights([self])
+        operators = fused.operators(x, weights)
+        # Tracers know what the specification is made of.
+        if operators is fused.NATIVE or is_traced_to_aten() or fused.is_transformed(x, weights):
             return operators.sequence(x, weights, self.code, self.constants)
         layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
         return fused.run(x, layers, self.constants, _mix)
@@ -158,25 +159,28 @@ class _Whole:
             and all(map(is_, self._values(), self._seen))
         )
 
-    def operators(self, x: Tensor) -> fused.Operators | None:
-        """The compiled kernels, if ``x`` is an image for them."""
+    def run(self, x: Tensor) -> Tensor | None:
+        """By the compiled kernels, if ``x`` is an image for them."""
         if x.dim() != 4 or x.size(1) != self.code[1]:
             return None
-        operators = fused.operators(x)
-        return operators if operators is fused.NATIVE else None
+        weights = _weights(self.parts)
+        operators = fused.operators(x, weights)
+        return operators.sequence(x, weights, self.code, self.constants) if operators is fused.NATIVE else None
 
 
 class FusedModel(_Inference):
-    """What :func:`fuse` makes of a model: called as that one, which is ``model``, and with its attributes."""
+    """What :func:`fuse` makes of a model: called as that one, which is ``model``, and with its attributes.
+
+    An attribute that ``model`` has is also set and deleted there.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self._whole: _Whole | None = None
         self.eval()
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_whole": None}
+    def forward(self, *args, **kwargs):
+        return self._modules["model"](*args, **kwargs)
 
     def __getattr__(self, name: str):
         try:
@@ -187,16 +191,42 @@ class FusedModel(_Inference):
                 raise
             return getattr(model, name)
 
-    def forward(self, *args, **kwargs):
-        is_image = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if is_image and not torch.compiler.is_compiling() and not hooks_on_all_modules():
-            whole, model, x = self._whole, self._modules["model"], args[0]
+    def _is_of_model(self, name: str) -> bool:
+        model = self.__dict__.get("_modules", {}).get("model")
+        own = name == "model" or name in self.__dict__ or hasattr(type(self), name)
+        return model is not None and not own and hasattr(model, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if self._is_of_model(name):
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_of_model(name):
+            delattr(self.model, name)
+        else:
+            super().__delattr__(name)
+
+
+class FusedSHViT(FusedModel):
+    """A fused SHViT, which where it can runs as one operator."""
+
+    _whole: _Whole | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_whole": None}
+
+    def forward(self, x: Tensor):
+        model = self._modules["model"]
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling() and not hooks_on_all_modules():
+            whole = self._whole
             if whole is None or not whole.is_of(model):
                 whole = self._whole = _whole(model)
             # What does not fit gets the error of the model itself.
-            if whole is not None and (operators := whole.operators(x)):
-                return operators.sequence(x, _weights(whole.parts), whole.code, whole.constants)
-        return self._modules["model"](*args, **kwargs)
+            if whole is not None and (y := whole.run(x)) is not None:
+                return y
+        return model(x)
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -210,8 +240,8 @@ def _packed(weight: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Recognition: by class name and children, so that no other library is imported. Each function returns the layers that
-# a module is, or None.
+# Recognition: by class name and children, so that no other library is imported; before anything is replaced, both are
+# run. Each function returns the layers that a module is, or None.
 
 
 class _Plan(NamedTuple):
@@ -234,9 +264,14 @@ def _joined(plans: Iterable[_Plan]) -> _Plan:
     return _Plan(*(list(chain.from_iterable(parts)) for parts in zip(_Plan([], [], []), *plans, strict=True)))
 
 
-def _is(module: nn.Module | None, name: str, *children: str) -> bool:
-    """Whether a module is of this class, with at least these children, and runs nothing but its forward."""
-    return type(module).__name__ == name and is_plain(module) and all(child in module._modules for child in children)
+def _is(module: nn.Module | None, name: str) -> bool:
+    """Whether a module is of this class, has nothing but children of its own, and runs nothing but its forward."""
+    return type(module).__name__ == name and is_plain(module) and not (module._parameters or module._buffers)
+
+
+def _has(module: nn.Module | None, name: str, *children: str) -> bool:
+    """The same with these children alone."""
+    return _is(module, name) and set(module._modules) == set(children)
 
 
 def _is_relu(module: nn.Module | None) -> bool:
@@ -245,16 +280,10 @@ def _is_relu(module: nn.Module | None) -> bool:
 
 def _conv(module: nn.Module | None, kernel: int, stride: int = 1, depthwise: bool = False):
     """Kernel and bias of a square convolution, with the batch normalisation behind it folded in."""
-    bn = None
-    conv = module
-    if isinstance(module, nn.Sequential):
-        if tuple(module._modules) != ("c", "bn") or not is_plain(module):
-            return None
-        conv, bn = module._modules.values()
-        if not (isinstance(bn, _BatchNorm) and is_plain(bn) and bn.running_mean is not None):
-            return None
-    if not (type(conv) is nn.Conv2d and is_plain(conv)):
+    both = conv_and_norm(module)
+    if both is None or (both[1] is not None and both[1].running_mean is None):
         return None
+    conv, bn = both
     groups = conv.in_channels if depthwise else 1
     found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     padding = kernel // 2
@@ -280,10 +309,10 @@ def _depthwise_layer(weight: Tensor, bias: Tensor) -> _Plan:
 
 
 def _residual(module: nn.Module) -> _Plan | None:
-    if not _is(module, "Residual", "m"):
+    if not _has(module, "Residual", "m"):
         return None
     inner = module.m
-    if is_stock_shsa(inner) and inner.pre_norm.affine and all(map(is_plain, inner.modules())):
+    if is_stock_shsa(inner) and is_group_norm1(inner.pre_norm) and all(map(is_plain, inner.modules())):
         qkv, proj = _conv(inner.qkv, 1), _conv(inner.proj[1], 1)
         if not (qkv and proj):
             return None
@@ -291,7 +320,7 @@ def _residual(module: nn.Module) -> _Plan | None:
         weights = norm.weight, norm.bias, qkv[0], qkv[1], _packed(proj[0]), proj[1]
         settings, constants = (inner.qk_dim, pdim), (norm.eps, inner.scale)
         return _layer(Kind.MIXER, inner.dim, *weights, settings=settings, constants=constants)
-    if _is(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
+    if _has(inner, "FFN", "pw1", "act", "pw2") and _is_relu(inner.act):
         convs = _conv(inner.pw1, 1), _conv(inner.pw2, 1)
         if not all(convs):
             return None
@@ -309,19 +338,22 @@ def _residual(module: nn.Module) -> _Plan | None:
 
 def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
     """Both linear layers of a stock squeeze-and-excitation."""
-    if not (_is(module, "SqueezeExcite", "fc1", "fc2") or _is(module, "SEModule", "fc1", "fc2")):
-        return None
     stock = {"fc1": "Conv2d", "bn": "Identity", "act": "ReLU", "fc2": "Conv2d", "gate": "Sigmoid"}
-    children = module._modules.items()
-    if any(stock.get(name) != type(child).__name__ or not is_plain(child) for name, child in children):
+    if not any(
+        _has(module, name, *names) for name in ("SqueezeExcite", "SEModule") for names in (stock, ("fc1", "fc2"))
+    ):
+        return None
+    if any(stock[name] != type(child).__name__ or not is_plain(child) for name, child in module._modules.items()):
         return None
     return None if getattr(module, "add_maxpool", False) else [_conv(module.fc1, 1), _conv(module.fc2, 1)]
 
 
 def _patch_merging(module: nn.Module) -> _Plan | None:
-    if not _is(module, "PatchMerging", "conv1", "conv2", "se", "conv3"):
+    others = {"conv1", "conv2", "se", "conv3"}
+    if not (_is(module, "PatchMerging") and others <= set(module._modules)):
         return None
-    if not all(_is_relu(child) for name, child in module._modules.items() if name.startswith("act")):
+    # One activation twice, or two.
+    if not all(name in others or _is_relu(child) for name, child in module._modules.items()):
         return None
     gate = _squeeze_excite(module.se)
     conv2 = _conv(module.conv2, 3, 2, depthwise=True)
@@ -353,7 +385,7 @@ def _stem(module: nn.Module) -> _Plan | None:
 
 
 def _norm_linear(module: nn.Module) -> _Plan | None:
-    if not (isinstance(module, nn.Sequential) and tuple(module._modules) == ("bn", "l") and is_plain(module)):
+    if not is_sequence_of(module, "bn", "l"):
         return None
     bn, linear = module._modules.values()
     stock = type(bn) is nn.BatchNorm1d and type(linear) is nn.Linear and is_plain(bn) and is_plain(linear)
@@ -389,11 +421,11 @@ def _plan(module: nn.Module) -> _Plan | None:
         if (plan := recognise(module)) is not None:
             return plan
     blocks = {"BasicBlock": ("conv", "mixer", "ffn"), "StageBlock": ("downsample", "blocks")}
-    order = blocks.get(type(module).__name__)
     children = module._modules
+    order = blocks.get(type(module).__name__)
     if type(module) is nn.Sequential:
         order = tuple(children)
-    if order is None or set(order) != set(children) or not is_plain(module):
+    if order is None or not _has(module, type(module).__name__, *order):
         return None
     if any(type(child).__name__ == "StageBlock" for child in children.values()):
         return None  # models take the stages out of their sequence
@@ -407,7 +439,8 @@ def _plan(module: nn.Module) -> _Plan | None:
 
 def _whole(model: nn.Module) -> _Whole | None:
     """A fused SHViT from the stem to the head; None if its forward runs anything else."""
-    if type(model).__name__ != "SHViT":
+    # Parts of forward that are methods of their own, which an instance may replace.
+    if not _is(model, "SHViT") or "forward_features" in vars(model) or "forward_head" in vars(model):
         return None
     children = model._modules
     names = [name for name in children if name not in ("patch_embed", "global_pool", "flatten", "head")]
@@ -430,13 +463,40 @@ def _whole(model: nn.Module) -> _Whole | None:
     return _Whole([stem, *stages, _POOL, *([head] if is_linear else [])], modules)
 
 
+def _noise(*size: int, like: Tensor) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(like)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Up to rounding, where both are finite: weights may not have been set yet."""
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.2
+    if a.shape != b.shape:
+        return False
+    known = a.isfinite() & b.isfinite()
+    a, b = a[known].double(), b[known].double()
+    return a.numel() == 0 or bool((a - b).abs().amax() <= tolerance * b.abs().amax())
+
+
+def _compute_the_same(module: nn.Module, layers: FusedLayers) -> bool:
+    """Whether a module gives what layers do, on noise: its class may have the name and the children of a stock one, and
+    another forward."""
+    weights, inputs = layers.weights, layers.code[1]
+    if weights.is_meta or type(weights.detach()) is not Tensor:
+        return True
+    x = _noise(*((2, inputs) if layers.kinds == [Kind.POINTWISE] else (1, inputs, 6, 5)), like=weights)
+    with use_backend("eager"), torch.autocast(x.device.type, enabled=False):
+        return _agree(module(x), fused.SPECIFICATION.sequence(x, [weights], layers.code, layers.constants))
+
+
 def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """What takes the place of a module: itself, its children replaced, where its own forward stays."""
     if id(module) in done:
         return done[id(module)]
-    plan = _plan(module)
+    plan, layers = _plan(module), None
     if plan and plan.code and len({(w.dtype, w.device) for w in plan.weights}) == 1:
-        replacement = FusedLayers(plan.code, plan.constants, flatten(plan.weights))
+        layers = FusedLayers(plan.code, plan.constants, flatten(plan.weights))
+    if layers is not None and _compute_the_same(module, layers):
+        replacement = layers
     else:
         replacement = module
         for name in list(module._modules):
@@ -446,6 +506,20 @@ def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     return replacement
 
 
+def _called(model: nn.Module) -> FusedModel:
+    """A fused model, as it is called."""
+    if type(model).__name__ != "SHViT" or list(inspect.signature(model.forward).parameters) != ["x"]:
+        return FusedModel(model)
+    whole = _whole(model)
+    if whole is not None and cpu.why_not(whole.parts[0].weights) is None:
+        with use_backend("cpu"):
+            x = _noise(1, whole.code[1], 128, 96, like=whole.parts[0].weights)
+            y = whole.run(x)
+            if y is not None and not _agree(model(x), y):
+                return FusedModel(model)
+    return FusedSHViT(model)
+
+
 @torch.no_grad()
 def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     """A copy of a model for inference, in which every block of SHViT is a few fused operators (design section 2).
@@ -453,7 +527,8 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     Takes models of timm, of the official repository and of this library, accelerated or not, batch normalisation
     fused (``model.fuse()``) or not, or any module that contains their blocks. Batch normalisation is folded into the
     convolutions and linear layers, and the identity of depthwise residuals into their kernel. What is not recognised
-    (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is.
+    (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is, and so does
+    what looks like a block of SHViT and gives something else on noise.
 
     On the CPU in float32 the operators are compiled kernels, which keep images channels_last between the blocks. On
     other devices and dtypes attention layers are :func:`shsa_mixer` on its backend and the others PyTorch operators
@@ -469,8 +544,8 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
 
     Returns:
         A module with the call signature of ``model``, which can be moved, copied, pickled, compiled and exported. Its
-        weights are packed: its state dict fits other fused models alone. It has the attributes of ``model``, unless
-        that is a bare block, which becomes the layers that it is.
+        weights are packed: its state dict fits other fused models alone. It has the attributes of ``model``, also to
+        be set, unless that is a bare block, which becomes the layers that it is.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -498,4 +573,4 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
         raise ValueError(f"model must have at least one block of SHViT, and this {type(model).__name__} has none")
     new = {id(p): p for module in layers for p in module.parameters() if id(p) not in shared}
     fast = copy.deepcopy(fast, new)
-    return fast if isinstance(fast, FusedLayers) else FusedModel(fast)
+    return fast if isinstance(fast, FusedLayers) else _called(fast)

@@ -95,7 +95,7 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return module.weight, module.bias  # replicas of nn.DataParallel keep them elsewhere
 
 
-def _is_group_norm1(module: nn.Module) -> bool:
+def is_group_norm1(module: nn.Module) -> bool:
     """One-group normalisation as PyTorch computes it; timm's GroupNorm1 overrides ``forward`` with the same maths."""
     cls = type(module)
     if cls is not GroupNorm1:
@@ -105,26 +105,31 @@ def _is_group_norm1(module: nn.Module) -> bool:
     return module.num_groups == 1 and module.affine and is_plain(module)
 
 
-def _is_pointwise(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding in ((0, 0), "valid", "same")
-        and module.groups == 1
-        and is_plain(module)
-    )
+def is_sequence_of(module: nn.Module | None, *children: str) -> bool:
+    """Whether a module runs children of just these names, one after the other."""
+    if not (isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and is_plain(module)):
+        return False
+    return tuple(module._modules) == children
 
 
-def _conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | None:
-    """A plain 1x1 convolution and its batch normalisation (None when fused), or None for anything else."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and is_plain(module):
-        if tuple(module._modules) != ("c", "bn"):
-            return None
+def conv_and_norm(module: nn.Module | None) -> tuple[nn.Conv2d, nn.Module | None] | None:
+    """A plain convolution and its batch normalisation (None when fused), or None for anything else."""
+    conv, bn = module, None
+    if is_sequence_of(module, "c", "bn"):
         conv, bn = module._modules.values()
-        plain_norm = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and is_plain(bn)
-        return (conv, bn) if plain_norm and _is_pointwise(conv) else None
-    return (module, None) if _is_pointwise(module) else None
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or not is_plain(bn):
+            return None
+    return (conv, bn) if type(conv) is nn.Conv2d and is_plain(conv) else None
+
+
+def _pointwise_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None] | None:
+    """Those of a 1x1 convolution."""
+    found = conv_and_norm(module)
+    if found is None:
+        return None
+    conv = found[0]
+    padding = conv.padding in ((0, 0), "valid", "same")
+    return found if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and padding and conv.groups == 1 else None
 
 
 def _by_batch(bn: nn.Module) -> bool:
@@ -266,7 +271,7 @@ class SHSA(nn.Module):
             return None
         if bn is None or not _by_batch(bn) or _weight_and_bias(conv)[1] is not None or len(rest) != 1:
             return None
-        last = _conv_and_norm(rest[0])
+        last = _pointwise_and_norm(rest[0])
         if last is None or type(last[1]) is not nn.BatchNorm2d or not _by_batch(last[1]):
             return None
         weight, bias = _weight_and_bias(last[0])
@@ -302,9 +307,9 @@ class SHSA(nn.Module):
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
         norm = self.pre_norm
-        if hooks_on_all_modules() or not _is_group_norm1(norm):
+        if hooks_on_all_modules() or not is_group_norm1(norm) or isinstance(self.scale, Tensor):
             return None
-        projection = _conv_and_norm(self.qkv)
+        projection = _pointwise_and_norm(self.qkv)
         if projection is None:
             return None
         weight = _weight_and_bias(projection[0])[0]

@@ -58,7 +58,11 @@ def shsa(
         B, C, H, W = x.shape
         P = qkv_weight.shape[1]
         x1, x2 = torch.split(x, [P, C - P], dim=1)
-        z = x1 if norm_weight is None else torch.group_norm(x1, 1, norm_weight, norm_bias, norm_eps)
+        if norm_weight is None:
+            z = x1
+        else:  # PyTorch's forward derivative and vmap of the norm fail on channels of a larger tensor
+            x1 = x1.clone(memory_format=torch.contiguous_format)
+            z = torch.group_norm(x1, 1, norm_weight, norm_bias, norm_eps)
         qkv = F.conv2d(z, qkv_weight[:, :, None, None], qkv_bias).flatten(2)
         y1 = attention(qkv, qk_dim, scale).reshape(B, P, H, W)
         y = torch.cat([y1, x2], dim=1).contiguous(memory_format=memory_format(x))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import Kind, as_images, gives_rows, layers_of, readable, unpack
 from . import choose, cpu, eager
+from .operators import tracks_gradients
 
 
 def _kernel3x3(weight: Tensor, bias: Tensor) -> Tensor:
@@ -220,8 +221,13 @@ NATIVE = Operators(
 )
 
 
-def operators(x: Tensor) -> Operators:
-    """The operators for ``x``: those in C++ where they run and no gradient is asked for."""
-    if x.dtype == torch.float32 and choose(x, None) is cpu and not (torch.is_grad_enabled() and x.requires_grad):
+def is_transformed(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether derivatives or function transforms (``torch.func``) are asked for: the specification has them all."""
+    return tracks_gradients(x, *weights) or torch._C._are_functorch_transforms_active()
+
+
+def operators(x: Tensor, weights: list[Tensor]) -> Operators:
+    """The operators for ``x``: those in C++ where they run and give all that is asked for."""
+    if x.dtype == torch.float32 and choose(x, None) is cpu and not is_transformed(x, weights):
         return NATIVE
     return SPECIFICATION
