@@ -62,9 +62,12 @@ def info() -> None:
     if native.why_unavailable() is None:
         facts.add_row("instruction set", f"{native.instruction_set()} (of {', '.join(native.instruction_sets())})")
     named = backends.chosen_name(None)
-    with _clear_errors(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table below says what is missing
-        chosen = backends.choose(torch.empty(1, 1, 1, 1), None).name
+        try:
+            chosen = backends.choose(torch.empty(1, 1, 1, 1), None).name
+        except ValueError as error:
+            chosen = f"none: {error}"
     facts.add_row(backends.ENVIRONMENT_VARIABLE, named or "not set")
     facts.add_row("backend for CPU tensors", chosen)
     console.print(facts)
@@ -133,8 +136,8 @@ def bench(
     torch.set_num_threads(threads)
     try:
         with _clear_errors(), backends.use_backend(backend) if backend else nullcontext():
-            if plot_file is not None:
-                import matplotlib.figure  # noqa: F401  before anything is measured for it
+            if plot_file is not None:  # before anything is measured for it
+                report.check_plot(plot_file)
             # Drawing from another thread would disturb the timings: the bar is drawn between rounds.
             with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
                 task = progress.add_task("", total=len(chosen) * rounds)
@@ -156,10 +159,11 @@ def bench(
     finally:
         torch.set_num_threads(before)
     report.show(results, console)
-    if json_file is not None:
-        report.save_json(results, json_file)
-    if plot_file is not None:
-        report.save_plot(results, plot_file)
+    with _clear_errors():
+        if json_file is not None:
+            report.save_json(results, json_file)
+        if plot_file is not None:
+            report.save_plot(results, plot_file)
 
 
 if __name__ == "__main__":

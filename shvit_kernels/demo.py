@@ -55,11 +55,21 @@ def sample_photograph() -> Path:
     return Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """An image of wider values, from 0 to 65535; Pillow would cut them off at 255."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    low, high = image.getextrema()
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise OSError(f"its values of type {image.mode} from {low} to {high} are not those of a photograph")
+    return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+
+
 def read_image(path: Path) -> Image.Image:
     """The image in RGB, upright; ``ValueError`` with the path if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _of_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
 
@@ -194,8 +204,10 @@ def run(variants: list[str], image_path: Path | None, checkpoint: Path | None, o
     console.print(_table(comparisons))
     if checkpoint is None:
         console.print("The weights are random (give a checkpoint to see classes), so only agreement and time count.")
-    else:
+    elif model.num_classes:
         console.print(_top5(comparisons[0]))
+    else:
+        console.print("The checkpoint has no head: what is compared are pooled features.")
     out.mkdir(parents=True, exist_ok=True)
     plot = out / "stock_and_accelerated.png"
     _plot(comparisons, image, plot)

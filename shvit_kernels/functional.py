@@ -57,14 +57,24 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else None
 
 
-def tf32(x: Tensor) -> tuple[bool, bool]:
-    """PyTorch's TF32 settings for convolutions (the projection) and matrix products (attention)."""
-    if not (x.is_cuda and x.dtype == torch.float32):
-        return False, False
+# The tracer of torch.compile cannot read the settings; what they were stays in the compiled code.
+@torch.compiler.assume_constant_result
+def _tf32_settings() -> tuple[bool, bool]:
     return (
         torch.backends.cudnn.conv.fp32_precision == "tf32",
         torch.backends.cuda.matmul.fp32_precision == "tf32",
     )
+
+
+def tf32(x: Tensor) -> tuple[bool, bool]:
+    """PyTorch's TF32 settings for convolutions (the projection) and matrix products (attention)."""
+    return _tf32_settings() if x.is_cuda and x.dtype == torch.float32 else (False, False)
+
+
+def _checked_scale(scale: float | None, qk_dim: int) -> float:
+    if isinstance(scale, Tensor):  # kernels have no gradient for it
+        raise TypeError(f"scale must be a number, got a tensor of shape {tuple(scale.shape)}")
+    return qk_dim**-0.5 if scale is None else scale
 
 
 def _checked(
@@ -146,8 +156,7 @@ def shsa(
             the call; the message names the argument and both values.
     """
     norm_weight, norm_bias, qkv_weight, qkv_bias = _checked(x, qkv_weight, qkv_bias, norm_weight, norm_bias, qk_dim)
-    if scale is None:
-        scale = qk_dim**-0.5
+    scale = _checked_scale(scale, qk_dim)
     return backends.choose(x, backend, qkv_weight.shape[1], qk_dim).shsa(
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, qk_dim, norm_eps, scale, relu, *tf32(x)
     )
@@ -236,7 +245,6 @@ def shsa_mixer(
         proj_weight=(proj_weight, 2),
         proj_bias=(proj_bias, 1),
     )
-    if scale is None:
-        scale = qk_dim**-0.5
+    scale = _checked_scale(scale, qk_dim)
     chosen = backends.choose(x, backend, qkv_weight.shape[1], qk_dim)
     return chosen.shsa_mixer(x, *parameters, qk_dim, norm_eps, scale, *tf32(x))

@@ -527,7 +527,7 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     Takes models of timm, of the official repository and of this library, accelerated or not, batch normalisation
     fused (``model.fuse()``) or not, or any module that contains their blocks. Batch normalisation is folded into the
     convolutions and linear layers, and the identity of depthwise residuals into their kernel. What is not recognised
-    (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is, and so does
+    (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is; so does
     what looks like a block of SHViT and gives something else on noise.
 
     On the CPU in float32 the operators are compiled kernels, which keep images channels_last between the blocks. On

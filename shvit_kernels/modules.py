@@ -182,7 +182,8 @@ class SHSA(nn.Module):
     The batch normalisation of ``qkv`` is folded into its weights at each call, from the running statistics in
     evaluation and from the moments of the projection's input in training; ranks are merged under
     ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, a training step runs the whole layer by one operator,
-    which keeps the input and the projection's output for the backward. The submodules are read at each call, so they
+    which keeps the input and the projection's output for the backward: ``x = x + layer(x)``, not ``x += layer(x)``. The
+    submodules are read at each call, so they
     may be fused, converted or replaced at any time. Where they are more than the stock ones (another normalisation,
     hooks, parametrisations), the layer calls them one by one instead.
 

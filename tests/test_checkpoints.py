@@ -251,7 +251,7 @@ MISFITS = {
         r"head has 7 classes and the model's has 5; make the model with num_classes=7, load, and call "
         r"reset_classifier\(5\)",
     ),
-    "other head names": (renamed_head, r"7 missing \(head.bn.w.*, \.\.\.\); 7 unexpected \(classifier.bn.w"),
+    "other head names": (renamed_head, r"6 missing \(head.bn.w.*, \.\.\.\); 7 unexpected \(classifier.bn.w"),
     "foreign": (lambda w: nn.Linear(3, 3).state_dict(), r"missing \(patch_embed.*2 unexpected \(weight, bias\)"),
     "doubled": (lambda w: w | {"_orig_mod.head.l.bias": torch.zeros(5)}, "holds head.l.bias twice"),
     "sparse": (lambda w: w | {"head.l.bias": torch.zeros(5).to_sparse()}, "head.l.bias is a torch.sparse_coo tensor"),
@@ -292,6 +292,21 @@ def test_another_variant_is_named(tmp_path):
         shvit_s1(checkpoint=path)
     with pytest.raises(ValueError, match=r"it holds a shvit_s2\. Entries"):
         load_checkpoint(small(), path)
+
+
+def test_counts_of_batches_may_be_missing(weights):
+    counts = {name for name in weights if name.endswith(".num_batches_tracked")}
+    model = small()
+    expected = weights | {name: model.state_dict()[name].fill_(3).clone() for name in counts}
+    load_checkpoint(model, {name: value for name, value in weights.items() if name not in counts})
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_averaged_model(source):
+    averaged = torch.optim.swa_utils.AveragedModel(small())
+    averaged.update_parameters(source)
+    assert_loaded(load_checkpoint(small(), averaged.state_dict()), averaged.module)
 
 
 def test_unfused_into_fused(weights):

@@ -50,6 +50,7 @@ BAD_SHSA = {
     "x_complex": ({"x": torch.ones(2, C, 4, 4, dtype=torch.complex64)}, TypeError, ["x", "float32", "complex64"]),
     "x_without_tokens": ({"x": torch.randn(2, C, 0, 4)}, ValueError, ["x", "height 0", "width 4"]),
     "pdim_beyond_channels": ({"x": torch.randn(2, P - 1, 4, 4)}, ValueError, ["pdim", "9", "10"]),
+    "scale_a_tensor": ({"scale": torch.ones(1)}, TypeError, ["scale", "number", "(1,)"]),
     "weight_no_tensor": ({"qkv_weight": None}, TypeError, ["qkv_weight", "tensor", "NoneType"]),
     "weight_of_a_convolution": (
         {"qkv_weight": torch.randn(O, P, 1, 1)},
@@ -369,6 +370,23 @@ def test_eager_runs_what_no_kernel_runs():
     assert functional.shsa(**half).dtype == torch.float16
     with pytest.raises(ValueError, match=r"backend 'cpu' cannot run this call: .*float16"):
         functional.shsa(**half, backend="cpu")
+
+
+def test_torch_compile_takes_the_settings_of_tf32(monkeypatch):
+    """As it would for a float32 tensor on a GPU; by default convolutions may use TF32, matrix products not."""
+    monkeypatch.setattr(functional, "tf32", lambda x: functional._tf32_settings())
+    seen = []
+    monkeypatch.setattr(eager, "shsa", lambda x, *rest: seen.append(rest[-2:]) or x)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        compiled = torch.compile(
+            lambda **kw: shvit_kernels.shsa(**kw, backend="eager"), fullgraph=True, backend="eager"
+        )
+        compiled(**arguments())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen == [(torch.backends.cudnn.conv.fp32_precision == "tf32", True)]
 
 
 def test_meta_tensors():

@@ -1,13 +1,14 @@
 """The SHViT family against timm itself, and its own methods."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import shvit_kernels
-from shvit_kernels import SHSA, SHViT, create_model
+from shvit_kernels import SHSA, SHViT, create_model, use_backend
 from shvit_kernels._randomise import randomise
 from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.stock import StockSHSA, with_stock_layers
@@ -190,6 +191,15 @@ def test_prune_intermediate_layers_as_in_timm(pairs, indices, prune_head):
     assert_close(evaluation(ours, x), evaluation(theirs, x))
 
 
+def test_pruned_models_return_the_features_that_are_left():
+    model = small(features_only=True)
+    x = images(64, dtype=torch.float32)
+    expected = evaluation(model, x)["output"][:2]
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    torch.testing.assert_close(evaluation(model, x)["output"], expected, rtol=0, atol=0)
+    assert model.feature_info.channels() == [16, 24]
+
+
 def test_methods_and_attributes_as_in_timm(pairs):
     ours, theirs = pairs("shvit_s1")
     assert ours.num_features == theirs.num_features == ours.head_hidden_size == theirs.head_hidden_size
@@ -248,6 +258,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(momentum):
     # One step each after that: outputs, gradients, running statistics and their counters.
     assert_close(training(checkpointed, x), training(model, x))
     assert all(m.momentum == momentum for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("outside", ["forward", "backward"])
+def test_gradient_checkpointing_keeps_the_backend_of_the_forward(outside):
+    model = randomise(small()).train()
+    model.set_grad_checkpointing()
+    inside, outer = use_backend("eager"), nullcontext()
+    forward, backward = (outer, inside) if outside == "forward" else (inside, outer)
+    with forward:
+        loss = model(images(64, dtype=torch.float32)).square().sum()
+    with backward:
+        loss.backward()
+    assert model.patch_embed[0].c.weight.grad.abs().sum() > 0
 
 
 def test_gradient_checkpointing_survives_a_second_backward():
@@ -329,6 +352,10 @@ def test_randomise_depends_on_the_seed_alone():
     ("arguments", "message"),
     [
         ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"num_classes": None}, "num_classes must be at least 0, got None"),
+        ({"depth": (1, -2, 1)}, r"depth must be at least 0, got \(1, -2, 1\)"),
+        ({"embed_dim": (16, 24, 0)}, r"embed_dim must be at least 1, got \(16, 24, 0\)"),
+        ({"features_only": True, "out_indices": True}, "out_indices must hold stage numbers from -3 to 2, got True"),
         ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
         ({"embed_dim": (12, 24, 40)}, "embed_dim.*multiple of 8.*12"),
         ({"embed_dim": (16, 24)}, r"embed_dim must hold one value for each of the 3 stages, got \(16, 24\)"),

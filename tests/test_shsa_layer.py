@@ -548,6 +548,16 @@ def test_more_modules_in_the_projection():
     assert_same(*pair(change=change))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_learnable_scale_gets_its_gradient(mode):
+    layers = pair(change=lambda layer: setattr(layer, "scale", nn.Parameter(torch.tensor(0.3).double())))
+    gradients = []
+    for layer in layers:
+        layer.train(mode == "training")(features()).square().sum().backward()
+        gradients.append(layer.scale.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape, dtype=torch.float64))
 

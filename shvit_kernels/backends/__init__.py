@@ -89,6 +89,13 @@ class use_backend:
         _override.name = _override.outer.pop()
 
 
+class use_same_backend(use_backend):
+    """Run every call in this ``with`` block, wherever it stands, as calls are run where this is made."""
+
+    def __init__(self):
+        self.name = _override.name
+
+
 @cache
 def _warn_of_missing_native(reason: str) -> None:
     warnings.warn(f"shvit_kernels runs without its compiled kernels: {reason}", stacklevel=4)

@@ -105,6 +105,15 @@ def save_json(results: Results, path: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def check_plot(path: Path) -> None:
+    """``ValueError`` if no plot can be saved under this name."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"a plot must be one of {', '.join('.' + kind for kind in known)}, got {path}")
+
+
 def save_plot(results: Results, path: Path) -> None:
     """Bars of the ratio to eager with their quartiles, a panel for each suite."""
     from matplotlib.figure import Figure

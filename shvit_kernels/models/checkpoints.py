@@ -61,7 +61,7 @@ def read_weights(checkpoint) -> dict[str, Tensor]:
         if value.is_meta or value.layout != torch.strided:
             kind = "meta" if value.is_meta else value.layout
             raise ValueError(f"{source} must hold ordinary tensors, and {name} is a {kind} tensor")
-    return dict(content)
+    return {name: value for name, value in content.items() if name != "n_averaged"}  # of AveragedModel
 
 
 def _canonical(names: list[str]) -> dict[str, str]:
@@ -189,7 +189,8 @@ def load_checkpoint(model: nn.Module, checkpoint) -> nn.Module:
             one. The weights are what stands under ``"model"`` (official release and training files), under
             ``"state_dict"`` (timm's training files), or the whole dict. Averaged weights beside them (``model_ema``)
             are not read; for these pass ``torch.load(path)["model_ema"]``. Names may be the official repository's or
-            timm's, with the prefixes ``module.`` and ``_orig_mod.`` or without.
+            timm's, with the prefixes ``module.`` and ``_orig_mod.`` or without. Without counts of batches
+            (``num_batches_tracked``) the model keeps its own.
 
     Entries that the model has no place for are left out where a whole part is missing from the model: the heads where
     it has none (``num_classes=0``, ``features_only=True``), and the stages after its last.
@@ -227,6 +228,10 @@ def load_checkpoint(model: nn.Module, checkpoint) -> nn.Module:
         # Official files may hold a 1x1 convolution as a matrix.
         if name in want and value.dim() == 2 and want[name].shape == (*value.shape, 1, 1):
             have[name] = value[:, :, None, None]
+
+    for name, value in want.items():
+        if name.endswith(".num_batches_tracked") and name not in have:  # PyTorch does not insist on it either
+            original[name], have[name] = name, value
 
     reason = _misfit(have, want, original)
     if reason:

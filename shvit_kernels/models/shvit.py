@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
+from .. import backends
 from ..modules import SHSA, Conv2dNorm
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -133,23 +134,27 @@ class BasicBlock(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-class _FrozenStatistics:
-    """While entered, batch normalisation leaves its running statistics alone: for a second, identical forward."""
+class _SecondForward:
+    """While entered, a forward is what it was when this was made, for the backward: on the same backend, and batch
+    normalisation leaves its running statistics alone."""
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.backend = backends.use_same_backend()
 
     def __enter__(self) -> None:
+        self.backend.__enter__()
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training]
         norms = [norm for norm in norms if norm.track_running_stats]
         self.before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error) -> None:
         for norm, momentum, count in self.before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+        self.backend.__exit__(*error)
 
 
 class StageBlock(nn.Module):
@@ -189,7 +194,7 @@ class StageBlock(nn.Module):
             if torch.compiler.is_compiling():  # a compiled backward recomputes values, never updates of buffers
                 x = recompute(block, x, use_reentrant=False)
             else:
-                contexts = (nullcontext(), _FrozenStatistics(block))
+                contexts = (nullcontext(), _SecondForward(block))
                 x = recompute(block, x, use_reentrant=False, context_fn=lambda contexts=contexts: contexts)
         return x
 
@@ -225,11 +230,11 @@ def _take_indices(name: str, indices: int | Sequence[int] | None, stages: int) -
     """Stage numbers from timm's notation: None for all, an int for the last n, negative ones from the end."""
     if indices is None:
         return list(range(stages))
-    if isinstance(indices, int):
+    if isinstance(indices, int) and not isinstance(indices, bool):
         if not 1 <= indices <= stages:
             raise ValueError(f"{name} as a number of stages must lie between 1 and {stages}, got {indices}")
         return list(range(stages - indices, stages))
-    if not indices or not all(-stages <= i < stages for i in indices):
+    if not isinstance(indices, Sequence) or not indices or not all(-stages <= i < stages for i in indices):
         raise ValueError(f"{name} must hold stage numbers from {-stages} to {stages - 1}, got {indices!r}")
     return [i % stages for i in indices]
 
@@ -287,8 +292,10 @@ class SHViT(nn.Module):
         dtype=None,
     ):
         _check_three(embed_dim=embed_dim, partial_dim=partial_dim, qk_dim=qk_dim, depth=depth, types=types)
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+        for name, values, least in (("in_chans", [in_chans], 1), ("embed_dim", embed_dim, 1), ("depth", depth, 0)):
+            if not all(isinstance(value, int) and value >= least for value in values):
+                given = values[0] if name == "in_chans" else values
+                raise ValueError(f"{name} must be at least {least}, got {given!r}")
         if embed_dim[0] < 8 or embed_dim[0] % 8:
             raise ValueError(f"embed_dim[0] must be a multiple of 8 for the stem, got {embed_dim[0]}")
         if not set(types) <= {"s", "i"}:
@@ -342,8 +349,8 @@ class SHViT(nn.Module):
         }
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes!r}")
         if global_pool not in ("avg", ""):
             raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
         if num_classes and not global_pool:
@@ -424,12 +431,14 @@ class SHViT(nn.Module):
     ) -> list[int]:
         """Remove the stages after the last of ``indices``; the head goes with them, or with ``prune_head``.
 
-        Returns the stage numbers kept as intermediates. ``prune_norm`` is without effect.
+        Returns the stage numbers kept as intermediates, which ``features_only`` then returns. ``prune_norm`` is without
+        effect.
         """
         taken = _take_indices("indices", indices, len(self.stages))
         last = max(taken)
         shorter = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
+        self.feature_info = FeatureInfo(self.feature_info[: last + 1], taken)
         if shorter:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or shorter:
