@@ -183,9 +183,9 @@ class SHSA(nn.Module):
     evaluation and from the moments of the projection's input in training; ranks are merged under
     ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, a training step runs the whole layer by one operator,
     which keeps the input and the projection's output for the backward: ``x = x + layer(x)``, not ``x += layer(x)``. The
-    submodules are read at each call, so they
-    may be fused, converted or replaced at any time. Where they are more than the stock ones (another normalisation,
-    hooks, parametrisations), the layer calls them one by one instead.
+    submodules are read at each call, so they may be fused, converted or replaced at any time. Where they are more than
+    the stock ones (another normalisation, hooks, parametrisations, a learnable ``scale``), the layer calls them one by
+    one instead.
 
     Args:
         dim: channels C of input and output.
