@@ -48,6 +48,9 @@ SEVERAL = [Case(P=20, D=8, N=16, beyond=17, B=5), Case(P=20, D=8, N=49, beyond=1
 """Several images to a block, and one."""
 # Batch statistics of a handful of tokens are a matter of the layer's tests: their rounding knows no bound.
 TRAINED = covering_set(**AXES, N=(49, 16, 64), B=(2, 0), needs=("all", "x", "norm", "qkv_weight", "qkv_bias"))
+# Blocks of three warps, whose rows of the covariance's gradient (odd: no wide loads) are longer than two of them.
+THREE_WARPS = [Case(P=75, N=36), Case(P=65, N=48, layout="channels_last")]
+TRAINED += THREE_WARPS
 NEEDED = {"qkv_weight": ("weight",), "qkv_bias": ("bn_weight", "bn_bias")}
 MEASURED = covering_set(
     **AXES | {"D": (16,)}, N=(49, 1, 16, 64, 196), B=(2, 0, 1), bias=(True,), relu=(True,), needs=("all", "x", "norm")
@@ -56,6 +59,7 @@ MEASURED = covering_set(
 MEASURED += [Case(P=5, N=130, B=2, dtype=dtype, layout=layout) for dtype in DTYPES for layout in LAYOUTS]
 MEASURED += [Case(P=3, N=1, B=2100, beyond=1), Case(P=2, N=65, B=300, beyond=0, norm="none")]
 MEASURED += [Case(P=256, N=N, B=1, beyond=0, layout=layout) for N, layout in zip((16, 33), LAYOUTS, strict=True)]
+MEASURED += THREE_WARPS
 
 
 @pytest.fixture(scope="module", autouse=True)

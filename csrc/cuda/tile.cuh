@@ -416,13 +416,14 @@ __device__ __forceinline__ float group_sum(const Group& group, float x, float* s
 }
 
 // f(row, column) for the entries of a matrix with rows of `columns`, `step` apart, a group's threads side by
-// side. No division: threads stand in rows of a power of two.
+// side. No division: threads stand in rows of a power of two, and those that do not fill a row have no entries.
 template <class F>
 __device__ __forceinline__ void for_each_entry(const Group& group, int rows, int columns, int step, F f) {
   int shift = 0;
-  while ((step << shift) < columns && (1 << shift) < group.size) ++shift;
-  const int across = 1 << shift;
-  for (int row = group.rank >> shift; row < rows; row += group.size >> shift)
+  while ((step << shift) < columns && (2 << shift) <= group.size) ++shift;
+  const int across = 1 << shift, down = group.size >> shift;
+  if (group.rank >= down << shift) return;
+  for (int row = group.rank >> shift; row < rows; row += down)
     for (int column = (group.rank & (across - 1)) * step; column < columns; column += across * step)
       f(row, column);
 }
