@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shvit_kernels.backends import native, triton
-from tests.support import cuda, cuda_builds, triton_tier
+from tests.support import cuda, cuda_builds, numerics, triton_tier
 from tests.support import native as native_tier
 
 
@@ -19,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the processors
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exact_float32() -> None:
+    """TF32 is where a test asks for it only: the reference runs on the CPU, which has none."""
+    numerics.set_tf32(False, False)
 
 
 def _native_tier() -> list[str]:

@@ -1,9 +1,11 @@
 """The public functions: what they refuse, with which words, and which backend they choose."""
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import shvit_kernels
 from shvit_kernels import backends, functional, use_backend
 from shvit_kernels.backends import cpu, eager, native
 from tests.support import native as native_tier
+from tests.support.numerics import tf32
 
 P, D, C = 10, 3, 14
 O = 2 * D + P
@@ -440,6 +443,17 @@ def in_environment(value: str, code: str) -> subprocess.CompletedProcess:
 
 
 @native_tier.needs_native
+def test_tf32_follows_the_settings_of_pytorch():
+    """Those of convolutions and of matrix products, for float32 on a GPU; tests begin without."""
+    on_gpu = {"is_cuda": True, "dtype": torch.float32}
+    assert functional.tf32(SimpleNamespace(**on_gpu)) == (False, False)
+    for settings in itertools.product((False, True), repeat=2):
+        with tf32(*settings):
+            assert functional.tf32(SimpleNamespace(**on_gpu)) == settings
+            for other in ({"is_cuda": False}, {"dtype": torch.float16}):
+                assert functional.tf32(SimpleNamespace(**on_gpu | other)) == (False, False)
+
+
 def test_environment_variable():
     """It names the backend, below ``use_backend`` and ``backend=``."""
     done = in_environment(

@@ -7,7 +7,8 @@ The truth is ``eager`` in float64 on the upcast inputs; ``eager`` beside it runs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,24 @@ def device_of(backend: str) -> str:
     """The kind of device on which the tests run a backend."""
     on_gpu = backend == "cuda" or (backend == "triton" and not triton.INTERPRETED)
     return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def set_tf32(convolutions: bool, products: bool) -> None:
+    """PyTorch's settings for float32 on a GPU. Not all by ``fp32_precision``: ``torch.export`` would then fail."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    for kind, on in ((torch.backends.cudnn.conv, convolutions), (torch.backends.cuda.matmul, products)):
+        if on:
+            kind.fp32_precision = "tf32"
+
+
+@contextmanager
+def tf32(convolutions: bool, products: bool) -> Iterator[None]:
+    """TF32 as given inside, and none afterwards."""
+    set_tf32(convolutions, products)
+    try:
+        yield
+    finally:
+        set_tf32(False, False)
 
 
 def moved(t: Tensor, device: str) -> Tensor:
