@@ -1,7 +1,13 @@
 """The ``gpu`` tier: a quick look at every operator on the device, and what only a device can show.
 
 The tests of the Triton and CUDA kernels, with every branch and ragged shape, run on the device too where there is one.
+Where there is none, tests/test_gpu_rehearsal.py runs what these tests consist of on the processor.
 """
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +16,9 @@ from torch import Tensor, nn
 from shvit_kernels import SHSA, backends, functional
 from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import eager
+from tests.support import exact
 from tests.support.cases import Case, eval_call, moments_call, shsa_call, train_call
-from tests.support.numerics import assert_parity, expect
+from tests.support.numerics import assert_parity, distance, expect, largest, tf32
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +29,7 @@ STAGES = {
     f"{C}+{P}x{N}": Case(P=P, beyond=C - P, N=N, B=3)
     for C, P, N in ((224, 48, 49), (320, 68, 16), (308, 66, 49), (448, 96, 16), (352, 75, 49), (336, 72, 64))
 }
+DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QK_DIM = 16
 
@@ -39,15 +47,11 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_stage = pytest.mark.parametrize("case", STAGES.values(), ids=STAGES.keys())
 
 
-def with_dtype(case: Case, dtype: torch.dtype) -> Case:
-    return Case(**{**vars(case), "dtype": dtype})
-
-
 @each_stage
 @each_dtype
 @each_backend
 def test_shsa(backend, dtype, case):
-    call = shsa_call(with_dtype(case, dtype))
+    call = shsa_call(replace(case, dtype=dtype))
     assert_parity(call.run(backend), expect(call))
 
 
@@ -55,23 +59,38 @@ def test_shsa(backend, dtype, case):
 @each_dtype
 @each_backend
 def test_train(backend, dtype, case):
-    call = train_call(with_dtype(case, dtype))
-    assert_parity(call.run(backend), expect(call))
+    case = replace(case, dtype=dtype)
+    call = train_call(case)
+    assert_parity(call.run(backend), expect(call, exact.of_training(case)))
 
 
 @each_stage
 @each_dtype
 @each_backend
 def test_eval(backend, dtype, case):
-    call = eval_call(with_dtype(case, dtype))
+    call = eval_call(replace(case, dtype=dtype))
     assert_parity(call.run(backend, ()), expect(call))
 
 
 @each_dtype
 @each_backend
 def test_moments(backend, dtype):
-    call = moments_call(with_dtype(STAGES["352+75x49"], dtype))
-    assert_parity(call.run(backend), expect(call))
+    call = moments_call(replace(STAGES["352+75x49"], dtype=dtype))
+    assert_parity(call.run(backend), expect(call, exact.of_moments))
+
+
+@each_backend
+def test_tf32_is_near_and_only_where_asked_for(backend):
+    """By PyTorch's settings, of convolutions for the projection and of matrix products for attention."""
+    call = shsa_call(replace(STAGES["336+72x64"], relu=False))
+    expected = expect(call)["y"]
+    results = []
+    for settings in itertools.product((False, True), repeat=2):
+        with tf32(*settings):
+            results.append(call.run(backend, ())["y"])
+        bound = 64 * 2.0**-11 * largest(expected.value) if any(settings) else expected.bound
+        assert distance(results[-1], expected.value) <= bound, settings
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(results, 2))
 
 
 def mixer(C: int, P: int, B: int, side: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,8 +125,8 @@ def test_mixer(backend, dtype, case, B):
         )
         for kind in (torch.float64, dtype)
     )
-    on_device = {k: t.cuda() for k, t in parameters.items()}
-    y = functional.shsa_mixer(x.cuda(), **on_device, qk_dim=QK_DIM, backend=backend).cpu()
+    on_device = {k: t.to(DEVICE) for k, t in parameters.items()}
+    y = functional.shsa_mixer(x.to(DEVICE), **on_device, qk_dim=QK_DIM, backend=backend).cpu()
     bound = 2 * (plain.double() - truth).abs().max() + 8 * torch.finfo(dtype).eps / 2 * truth.abs().max()
     assert (y.double() - truth).abs().max() <= bound
 
@@ -116,16 +135,17 @@ def layer(dtype: torch.dtype) -> SHSA:
     """Without the projection, whose gradients need not be the same in every run."""
     module = SHSA(336, QK_DIM, 72)
     module.proj = nn.Sequential(nn.ReLU())
-    return randomise(module).to("cuda", dtype)
+    return randomise(module).to(DEVICE, dtype)
 
 
-@pytest.fixture
-def no_synchronisation():
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
     """Every synchronisation that PyTorch knows of is an error; ``torch.cuda.synchronize`` is none of them."""
-    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def step(module: SHSA, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -134,44 +154,40 @@ def step(module: SHSA, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 @each_dtype
 @each_backend
-def test_a_graph_gives_the_bits_of_the_calls(backend, dtype, no_synchronisation):
-    """Captured and replayed on other values than it was captured with: evaluation, and a training step."""
-    module = layer(dtype)
-    x, dy, new_x, new_dy = (torch.randn(5, 336, 8, 8, device="cuda", dtype=dtype) for _ in range(4))
+def test_a_graph_gives_the_bits_of_the_calls(backend, dtype, train):
+    """Captured and replayed on other values than it was captured with, and nothing waits for the device."""
+    module = layer(dtype).train(train)
+    x, dy, new_x, new_dy = (torch.randn(5, 336, 8, 8, device=DEVICE, dtype=dtype) for _ in range(4))
     x.requires_grad_()
-    for train in (False, True):
-        module.train(train)
-        with backends.use_backend(backend):
-            before = {k: t.clone() for k, t in module.state_dict().items()}
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step(module, x, dy)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = step(module, x, dy)
-            module.load_state_dict(before)
-            with torch.no_grad():
-                x.copy_(new_x)
-                dy.copy_(new_dy)
-            graph.replay()
-            replayed = [t.clone() for t in results] + [t.clone() for t in module.buffers()]
-            module.load_state_dict(before)
-            called = [*step(module, x, dy), *module.buffers()]
+    with backends.use_backend(backend), no_synchronisation():
+        before = {k: t.clone() for k, t in module.state_dict().items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(module, x, dy)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("default")
-        assert all(torch.equal(a, b) for a, b in zip(replayed, called, strict=True))
-        torch.cuda.set_sync_debug_mode("error")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(module, x, dy)
+        module.load_state_dict(before)
+        with torch.no_grad():
+            x.copy_(new_x)
+            dy.copy_(new_dy)
+        graph.replay()
+        replayed = [t.clone() for t in results] + [t.clone() for t in module.buffers()]
+        module.load_state_dict(before)
+        called = [*step(module, x, dy), *module.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, called, strict=True))
 
 
 @each_backend
 def test_runs_on_the_current_stream(backend):
     """Work queued before it on that stream is waited for."""
     module = layer(torch.float16).eval()
-    x = torch.randn(64, 336, 8, 8, device="cuda", dtype=torch.float16)
+    x = torch.randn(64, 336, 8, 8, device=DEVICE, dtype=torch.float16)
     stream = torch.cuda.Stream()
     with torch.no_grad(), backends.use_backend(backend):
         expected = module(x)
@@ -190,11 +206,11 @@ def test_runs_on_the_current_stream(backend):
 def test_same_bits_in_every_run(backend, dtype):
     """Also when other work shares the device."""
     module = layer(dtype)
-    x, dy = (torch.randn(256, 336, 8, 8, device="cuda", dtype=dtype) for _ in range(2))
+    x, dy = (torch.randn(256, 336, 8, 8, device=DEVICE, dtype=dtype) for _ in range(2))
     x.requires_grad_()
     with backends.use_backend(backend):
         first = step(module, x, dy)
-        noise, a = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+        noise, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
         for _ in range(5):
             with torch.cuda.stream(noise):
                 a @ a
@@ -209,10 +225,10 @@ def test_more_elements_than_32_bits_count(backend):
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("the device has too little free memory")
     x, parameters = mixer(C, 32, 2, side, torch.float16)
-    few = x.cuda()
+    few = x.to(DEVICE)
     many = few.repeat(-(-images // 2), 1, 1, 1)
     names = ("qkv_weight", "qkv_bias", "norm_weight", "norm_bias")
-    parameters = {k: parameters[k].cuda() for k in names}
+    parameters = {k: parameters[k].to(DEVICE) for k in names}
     expected = functional.shsa(few, **parameters, qk_dim=QK_DIM, backend=backend)
     y = functional.shsa(many, **parameters, qk_dim=QK_DIM, backend=backend)
     assert torch.equal(y[:2], expected)
@@ -220,7 +236,7 @@ def test_more_elements_than_32_bits_count(backend):
 
 
 def test_the_fastest_backend_is_chosen():
-    x = torch.randn(2, 336, 8, 8, device="cuda", dtype=torch.float16)
+    x = torch.randn(2, 336, 8, 8, device=DEVICE, dtype=torch.float16)
     available = [name for name, b in backends.BACKENDS.items() if b is not eager and b.why_not(x) is None]
     assert backends.choose(x, None).name == (available or ["eager"])[0]
 
