@@ -23,6 +23,7 @@ except ImportError:
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 EVERY_ARCHITECTURE = "8.0;9.0a;10.0;12.0"
+OLDEST = 80
 CPP = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 CPP += os.environ.get("CXXFLAGS", "").split()  # last, so that they win
 NVCC = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
@@ -41,14 +42,30 @@ def nvcc() -> str | None:
     return home and shutil.which("nvcc", path=os.path.join(home, "bin"))
 
 
+def known_to_nvcc(architectures: str) -> str:
+    """Those of a list that this nvcc can build for; all of them if it does not say."""
+    listed = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = re.findall(r"sm_(\d+)", listed)  # without the variants of an architecture, 90a
+    return ";".join(a for a in architectures.split(";") if str(number(a.replace(".", ""))) in known) or architectures
+
+
 def cuda_architectures() -> list[str]:
-    """The architectures to build for as nvcc names them, ``["80", "90a"]``; sets TORCH_CUDA_ARCH_LIST for torch."""
+    """The architectures to build for as nvcc names them, ``["80", "90a"]``; sets TORCH_CUDA_ARCH_LIST for torch.
+
+    Lists made for everything that torch supports, as containers have them, also name some that the kernels cannot use.
+    """
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         named = ";".join("{}.{}".format(*capability) for capability in sorted(present))
-        os.environ["TORCH_CUDA_ARCH_LIST"] = named or EVERY_ARCHITECTURE
-    flags = cpp_extension._get_cuda_arch_flags()
-    return sorted({name for flag in flags for name in re.findall(r"code=sm_(\w+)", flag)}, key=number)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = named or known_to_nvcc(EVERY_ARCHITECTURE)
+    codes = {code for flag in cpp_extension._get_cuda_arch_flags() for code in re.findall(r"code=(\w+)", flag)}
+    names = {code.removeprefix("sm_") for code in codes if code.startswith("sm_")}
+    usable = sorted((name for name in names if number(name) >= OLDEST), key=number)
+    if usable:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
+            re.sub(r"(\d\D?)$", r".\1", name) + "+PTX" * (f"compute_{name}" in codes) for name in usable
+        )
+    return usable
 
 
 def number(architecture: str) -> int:
@@ -72,8 +89,8 @@ def cuda_extension():
     if nvcc() is None:
         return f"torch has CUDA {torch.version.cuda} and nvcc was not found"
     architectures = cuda_architectures()
-    if not architectures or number(architectures[0]) < 80:
-        return f"they need sm_80 or newer and TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    if not architectures:
+        return f"they need sm_{OLDEST} or newer and TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']}"
     plain = cpu_extension()
     arguments = plain.extra_compile_args["cxx"]
     built = " ".join(str(number(name)) for name in architectures)
