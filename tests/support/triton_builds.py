@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -25,7 +25,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime.jit import KernelInterface
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, KernelInterface
 
 from shvit_kernels.backends import triton as backend
 from shvit_kernels.backends.triton import table
@@ -89,6 +90,34 @@ class Device(DriverBase):
         return 0
 
 
+class Parsed(Exception):
+    """A kernel that the front end has nothing against."""
+
+
+@contextmanager
+def front_end_only() -> Iterator[None]:
+    """Inside, a build for CUDA ends with :class:`Parsed` where Triton's own code is made: a tenth of its time."""
+    whole = CUDABackend.add_stages
+
+    def stop(*_):
+        raise Parsed
+
+    def front_end(self, stages, options, language):
+        whole(self, stages, options, language)
+        for name in list(stages)[1:]:
+            stages[name] = stop
+
+    with patch.object(CUDABackend, "add_stages", front_end):
+        yield
+
+
+def key_of(function: JITFunction, args: tuple, kwargs: dict) -> str:
+    """What Triton tells the builds of a kernel apart by."""
+    *_, binder = function.device_caches[0]
+    _, specialization, options = binder(*args, **kwargs)
+    return f"{function.__name__} {specialization} {sorted(options.items())}"
+
+
 def usage(kernel) -> dict[str, int]:
     """Registers and local memory of a thread, and the shared memory of a block."""
     if "amdgcn" in kernel.asm:
@@ -135,10 +164,18 @@ class Case:
     """By default all."""
     batch: int = B
     device: str = "meta"
+    parameters: torch.dtype | None = None
+    """The type of the parameters; by default that of x."""
+    asked: tuple[int, ...] | None = None
+    """The gradients that are asked for: of x, of norm_weight and so on; by default all."""
+    parsed: bool = False
+    """Whether only the front end sees the kernels."""
 
     def __str__(self) -> str:
         words = [f"{self.C}+{self.P}+{self.D} {self.height}x{self.width}", str(self.dtype).removeprefix("torch.")]
         words += ["channels_last"] * (self.layout == torch.channels_last) + ["no norm"] * (not self.norm)
+        words += [f"parameters in {self.parameters}"] * (self.parameters is not None)
+        words += [f"gradients {self.asked}"] * (self.asked is not None)
         return " ".join(words + [name for name, on in zip(("tf32_proj", "tf32_attn"), self.tf32, strict=True) if on])
 
 
@@ -153,31 +190,38 @@ def calls(case: Case, operators: dict) -> Iterator[tuple[str, tuple]]:
     def image(channels: int) -> Tensor:
         return new(case.batch, channels, case.height, case.width).contiguous(memory_format=case.layout)
 
+    def parameter(*shape: int) -> Tensor:
+        return new(*shape, dtype=case.parameters or case.dtype)
+
     def like(results: tuple[Tensor, ...]) -> list[Tensor]:
         return [torch.empty_like(t) for t in results]
 
+    def needs(count: int) -> list[bool]:
+        return [case.asked is None or i in case.asked for i in range(count)]
+
     x, x1 = image(case.C), image(P)
-    norm = (new(P), new(P)) if case.norm else (None, None)
-    weight, vector = new(O, P), new(O)
+    norm = (parameter(P), parameter(P)) if case.norm else (None, None)
+    weight, vector = parameter(O, P), parameter(O)
     settings = D**-0.5, True, *case.tf32
     short = D, EPS, *settings
     long = D, EPS, EPS, *settings
     forward = (x, *norm, weight, vector, *short)
     yield "shsa_eval", (x, *norm, weight, None, *(vector,) * 4, *long)
-    yield "shsa_mixer", (x, *norm, weight, vector, new(case.C, case.C), new(case.C), *short[:3], *settings[2:])
+    proj = parameter(case.C, case.C), parameter(case.C)
+    yield "shsa_mixer", (x, *norm, weight, vector, *proj, *short[:3], *settings[2:])
     yield "shsa_forward", forward
-    if case.operators is not None:
+    if case.operators is not None and set(case.operators) <= {"shsa_eval", "shsa_mixer", "shsa_forward"}:
         return
     y, *saved = operators["shsa_forward"](*forward)
-    yield "shsa_backward", (y, x1, y, *saved, *norm, weight, vector, *short, [True] * 5)
+    yield "shsa_backward", (y, x1, y, *saved, *norm, weight, vector, *short, needs(5))
     moments = x, *norm, P, EPS
     yield "partial_moments_forward", moments
     mean, cov, *of_images = like(operators["partial_moments_forward"](*moments))
-    yield "partial_moments_backward", (mean, cov, x1, mean, *of_images, *norm, case.C, [True] * 3)
+    yield "partial_moments_backward", (mean, cov, x1, mean, *of_images, *norm, case.C, needs(3))
     train = x, *norm, weight, vector, vector, *long
     yield "shsa_train_forward", train
     results = operators["shsa_train_forward"](*train)
-    yield "shsa_train_backward", (y, *results, *norm, weight, vector, vector, *long, [True] * 6)
+    yield "shsa_train_backward", (y, *results, *norm, weight, vector, vector, *long, needs(6))
     statistics = new(O, dtype=torch.float32)
     batches = new(1, dtype=torch.int64)
     for momentum in (0.1, None):
@@ -201,6 +245,15 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(448, 96, 4, 4, torch.bfloat16, layout=torch.channels_last)
         yield Case(448, 96, 25, 42, torch.bfloat16, layout=torch.channels_last)
         yield Case(200, 130, 16, 16, D=64, norm=False)
+        yield from parsed_cases()
+
+
+def parsed_cases() -> Iterator[Case]:
+    """Each gradient asked for alone, and some together."""
+    backwards = ("shsa_backward", "partial_moments_backward", "shsa_train_backward")
+    for *image, dtype in ((8, 8, torch.float16), (25, 42, torch.float16), (8, 8, torch.float32)):
+        for asked in ((0,), (1,), (2,), (3,), (4,), (0, 2, 4), (1, 3, 5)):
+            yield Case(336, 72, *image, dtype, asked=asked, operators=backwards, parsed=True)
 
 
 @contextmanager
@@ -220,17 +273,20 @@ def build(target: str) -> list[Build]:
     what: list[str] = []
 
     def compiled(function, grid, *args, **kwargs):
+        key = key_of(function, args, kwargs) + " parsed" * case.parsed
+        if key in builds:
+            return
         start = time.perf_counter()
         try:
-            kernel = function.run(*args, grid=grid, warmup=True, **kwargs)
+            with front_end_only() if case.parsed else nullcontext():
+                kernel = function.run(*args, grid=grid, warmup=True, **kwargs)
+            found = usage(kernel) | maxima(kernel)
+        except Parsed:
+            found = {}
         except Exception as error:
-            key, found = f"{what} {function.__name__}", {"error": f"{type(error).__name__}: {error}"}
-        else:
-            if kernel.hash in builds:
-                return
-            key, found = kernel.hash, usage(kernel) | maxima(kernel)
+            found = {"error": f"{type(error).__name__}: {error}"}
         seconds = time.perf_counter() - start
-        builds.setdefault(key, Build(*what, function.__name__, **found, seconds=seconds))
+        builds[key] = Build(*what, function.__name__, **found, seconds=seconds)
 
     with instead_of_launches(compiled) as operators:
         for case in cases(target):

@@ -476,16 +476,16 @@ def _through_projection(
 ):  # fmt: skip
     """A part of the weight's gradient, or dz of a tile and what follows from it."""
     program = tl.program_id(0)
-    if program < weight_programs:
-        _weight_part(
-            program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, mean, rstd, norm_weight, norm_bias,
-            dweight_parts, B, P, N, O, ld, blocks, tiles, steps, X1_LAST, IMAGES, PITCH, WEIGHT_O, WEIGHT_P, PROJ,
-        )  # fmt: skip
-    else:
+    if program >= weight_programs:
         _input_tile(
             program - weight_programs, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight,
             weight, tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, X1_LAST, DX_LAST, IMAGES, PITCH, BP, BO, WHOLE,
             STAGE, PROJ,
+        )  # fmt: skip
+    elif dweight_parts is not None:  # known when it is compiled: what is not asked for could not be
+        _weight_part(
+            program, dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, mean, rstd, norm_weight, norm_bias,
+            dweight_parts, B, P, N, O, ld, blocks, tiles, steps, X1_LAST, IMAGES, PITCH, WEIGHT_O, WEIGHT_P, PROJ,
         )  # fmt: skip
 
 
