@@ -53,6 +53,18 @@ def test_as_batch_norm_does(backend, momentum, channels):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_need_not_be_counted(backend, momentum):
+    device = device_of(backend)
+    ours, stock = (nn.BatchNorm2d(5, momentum=momentum, device=device) for _ in range(2))
+    ours.num_batches_tracked = stock.num_batches_tracked = None
+    values = 3 + 2 * torch.randn(49, 5, device=device)
+    update(backend, ours, values)
+    stock(values.t()[None, :, :, None])
+    for name in NAMES[:2]:
+        torch.testing.assert_close(getattr(ours, name), getattr(stock, name), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_batch_without_values_is_only_counted(backend, momentum):
     device = device_of(backend)
     norm = nn.BatchNorm2d(5, momentum=momentum, device=device)

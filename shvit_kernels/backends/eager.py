@@ -140,19 +140,21 @@ def shsa_train(
 def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
-    num_batches_tracked: Tensor,
+    num_batches_tracked: Tensor | None,
     mean: Tensor,
     variance: Tensor,
     count: int | Tensor,
     momentum: float | None,
 ) -> None:
     """As ``torch.nn.BatchNorm2d`` does, from the mean and biased variance of ``count`` values per channel: running
-    means with ``momentum``, or averages of all batches without it. A batch without values is only counted."""
-    num_batches_tracked.add_(1)
+    means with ``momentum``, or averages of all batches without it, which without a number of batches stay as they are.
+    A batch without values is only counted."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     if count == 0:
         return
     if momentum is None:
-        momentum = num_batches_tracked.to(running_mean.dtype).reciprocal()
+        momentum = 0.0 if num_batches_tracked is None else num_batches_tracked.to(running_mean.dtype).reciprocal()
     unbiased = variance * (count / (count - 1))
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_(unbiased.to(running_var.dtype), momentum)

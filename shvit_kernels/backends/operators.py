@@ -65,9 +65,10 @@ def functions(family: str) -> Functions:
         return mix(ops.readable(x), *rest)
 
     def update_running_statistics(running_mean: Tensor, *rest) -> None:
-        _, _, mean, *_ = rest
-        # Kernels take the statistics that go with their images.
-        known = (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64)
+        _, num_batches_tracked, mean, *_ = rest
+        # Kernels count the batches, and take the statistics that go with their images.
+        same_type = (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64)
+        known = same_type and num_batches_tracked is not None
         (update if known else eager.update_running_statistics)(running_mean, *rest)
 
     return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics)
