@@ -277,6 +277,15 @@ def test_training_computes_what_is_asked_for(case):
         assert_parity(results, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype, parameters",
+    [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)],
+)
+def test_training_with_parameters_of_another_type(dtype, parameters):
+    case = Case(P=20, D=8, N=16, dtype=dtype)
+    check_training(train_call(case).map(lambda k, t: t if k in ("x", "y") else t.to(parameters)), case)
+
+
 def test_channels_beyond_the_partial_ones_do_not_reach_the_statistics():
     call = train_call(Case(P=20, N=16, relu=False, dtype=H))
     before = call.run(BACKEND)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shvit_kernels import functional
+from shvit_kernels import backends, functional
 from shvit_kernels.backends import triton
 from tests.support.cases import Case, eval_call, named, shsa_call
 from tests.support.numerics import (
@@ -315,6 +315,45 @@ def test_mixer_keeps_the_memory_format_and_its_bits(layout):
     call = mixer_call(Case(layout=layout, dtype=torch.float16))
     y = forward(call)
     assert y.is_contiguous(memory_format=memory_format) and torch.equal(y, forward(call))
+
+
+# Parameters of another type than x
+
+
+def mixed(make, case: Case, dtype: torch.dtype) -> Call:
+    """A call of the backend itself: ``functional`` takes parameters of another type under autocast only."""
+    return make(case).map(lambda k, t: t if k in ("x", "y") else t.to(dtype))
+
+
+def mixer_of_backend(case: Case) -> Call:
+    settings = (case.D, 1e-5, case.D**-0.5, False, False)
+
+    def function(backend: str, **inputs) -> dict[str, torch.Tensor]:
+        return {"y": backends.get(backend).shsa_mixer(*inputs.values(), *settings)}
+
+    return replace(mixer_call(case), function=function)
+
+
+MIXED = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("make", [eval_call, mixer_of_backend])
+@pytest.mark.parametrize("N", [16, 90])
+@pytest.mark.parametrize("dtype, parameters", MIXED)
+def test_parameters_of_another_type(dtype, parameters, N, make, staged_early):
+    check(mixed(make, Case(P=20, D=8, N=N, beyond=17, dtype=dtype), parameters))
+
+
+@pytest.mark.parametrize("N", [16, 90])
+def test_weights_that_are_infinite_in_the_type_of_x(N, staged_early):
+    """Products are in the type of x, as the specification has them."""
+    case = Case(P=20, D=8, N=N, beyond=17, dtype=torch.float16, relu=False)
+    for make, name in ((eval_call, "weight"), (mixer_of_backend, "proj_weight")):
+        call = mixed(make, case, torch.bfloat16)
+        call.inputs[name][25] = 1e5
+        specified = call.run("eager", ())["y"]
+        assert not specified.isfinite().all()
+        assert_same_non_finite(forward(call), specified)
 
 
 # Layouts and strides

@@ -179,7 +179,7 @@ def _normalised_projection(
     """Some columns of the projection, less its batch mean and over its deviation, or with its bias."""
     w0, w1 = weight_tiles(weight, o, end, P, P0, P1)
     factor, offset = affine(o, end, bias, None, None, bn_mean, bn_var, bn_eps)
-    return project(z0, z1, w0.to(z0.dtype), w1.to(z0.dtype), factor, offset, P1, PROJ)
+    return project(z0, z1, w0, w1, factor, offset, P1, PROJ)
 
 
 # Any images: the projection is staged, and dq, dk and dv are made by programs of their own
@@ -203,7 +203,7 @@ def _stage(
             z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
             z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
             w = tl.load(weight + o[None, :] * P + c[:, None], both(c < P, o, O), 0.0)
-            product = dot(z.to(dtype), w.to(dtype), PROJ, product)
+            product = dot(z.to(dtype), w, PROJ, product)
         factor, offset = affine(o, O, bias, None, None, bn_mean, bn_var, bn_eps)
         hat = (product * factor[None, :] + offset[None, :]).to(hats.dtype.element_ty)
         tl.store(hats + rows[:, None] * ld + o[None, :], hat, both(valid, o, O))
@@ -401,7 +401,7 @@ def _weight_part(
         d = _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld)
         z = normal_tile(x1, mean, rstd, first, image, c, n, valid, P, N, X1_LAST)
         z = affine_tile(z, norm_weight, norm_bias, valid, c, P)
-        dweight = dot(d.trans(), z.to(d.dtype), PROJ, dweight)
+        dweight = dot(d.trans(), z, PROJ, dweight)
     to = dweight_parts + part.to(tl.int64) * O * P + o[:, None] * P + c[None, :]
     tl.store(to, dweight, both(o < O, c, P))
 
@@ -419,7 +419,7 @@ def _dz(
         if whole is None:
             d = _gradient_rows(dqkv, hats, means, bn_weight, bn_var, bn_eps, first, image, n, valid, o, N, O, ld)
         w = tl.load(weight + o[:, None] * P + c[None, :], both(o < O, c, P), 0.0)
-        dz = dot(d, w.to(d.dtype), PROJ, dz)
+        dz = dot(d, w, PROJ, dz)
     return tl.where(both(valid, c, P), dz, 0.0)
 
 

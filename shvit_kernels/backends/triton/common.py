@@ -17,7 +17,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only such globals
 
 @triton.jit
 def dot(a, b, precision: tl.constexpr, acc=None):
-    """``a @ b (+ acc)`` in float32. ``precision``, "ieee" or "tf32", matters to float32 operands only."""
+    """``a @ b (+ acc)`` in float32, of b in the type of a, as autocast leaves x its type and not the parameters.
+    ``precision``, "ieee" or "tf32", matters to float32 operands only."""
+    b = b.to(a.dtype)
     if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
