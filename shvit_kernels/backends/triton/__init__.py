@@ -25,7 +25,18 @@ _LEAST_CAPABILITY = (8, 0)
 
 devices = () if INTERPRETED else ("cuda",)
 
-_missing = None if find_spec("triton") else "the package triton is not installed"
+
+def _why_not_imported() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        import_module("triton.language")
+    except Exception as error:  # what a broken installation raises is of any kind
+        return f"the package triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+_missing = _why_not_imported()
 
 
 def _register() -> None:
