@@ -22,6 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MODULES = ("forward", "mixer", "moments", "backward", "train")
 _LEAST_CAPABILITY = (8, 0)
+_MOST_QUERY_WIDTH = 256
+"""Tiles of wider queries exceed the shared memory of some devices: 99 KiB of NVIDIA's, 64 of AMD's."""
 
 devices = () if INTERPRETED else ("cuda",)
 
@@ -84,6 +86,8 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
         reason = f"it runs on cuda tensors and x is on {x.device}"
     if reason is None and x.dtype not in _DTYPES:
         return f"it has kernels for float16, bfloat16 and float32 and x is {x.dtype}"
+    if reason is None and qk_dim > _MOST_QUERY_WIDTH:
+        return f"it has kernels for qk_dim up to {_MOST_QUERY_WIDTH}, not {qk_dim}"
     return reason
 
 

@@ -13,7 +13,7 @@ same grid, so that their traffic fills the time in which attention waits.
 
 Which kernel:
 
-- ``short`` for at most 64 tokens in float16 and bfloat16: one launch, x read once.
+- ``short`` for at most 64 tokens and queries of at most 64 in float16 and bfloat16: one launch, x read once.
 - ``tiled`` for everything else. Up to 256 tokens it projects k and v again in every block of Q queries: N / Q times
   the projection, 2 * N * (D + P) * P operations, from an image that is in the cache, but one launch. Beyond, that
   factor grows with N, and staging pays: k and v are written once and read N / Q times, N * (D + P) elements each, for
@@ -33,6 +33,8 @@ from .short import attend_short
 from .tiled import attend_tiled, measure, stage
 
 SHORT_TOKENS = 64
+SHORT_WIDTH = 64
+"""Width of queries that ``short`` takes at most: some devices have no shared memory for more."""
 UNSTAGED_TOKENS = 256
 SLICE = 128
 """Value channels of one block at most; where there are more, several blocks compute the same probabilities."""
@@ -147,7 +149,8 @@ def attend_into(
     if x.shape[0] == 0:
         return
     tokens, P = x.shape[2] * x.shape[3], parameters[2].shape[1]
-    launch = _short if x.element_size() == 2 and tokens <= SHORT_TOKENS and P <= SLICE else _tiled
+    is_short = tokens <= SHORT_TOKENS and P <= SLICE and settings.qk_dim <= SHORT_WIDTH
+    launch = _short if is_short and x.element_size() == 2 else _tiled
     with common.on_device_of(x):
         launch(y, x, parameters, settings, given, outputs)
 
