@@ -5,7 +5,12 @@ Interpreted where no GPU is; on one, the same tests run compiled.
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -464,6 +469,45 @@ def test_same_bits_in_every_run_and_in_any_batch(dtype, case, staged_early):
 
 
 # The backend and its operators
+
+
+@pytest.mark.parametrize(
+    "architecture, known", [("gfx942:sramecc+:xnack-", "tf32"), ("gfx90a:sramecc+:xnack-", "ieee"), ("gfx1100", "ieee")]
+)
+def test_tf32_where_triton_knows_it(architecture, known, monkeypatch):
+    monkeypatch.setattr(kernels.common, "_has_tf32", kernels.common._has_tf32.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture))
+    x = torch.empty(1)
+    assert [kernels.common.precision(tf32, x) for tf32 in (True, False)] == ["tf32", "ieee"]  # of NVIDIA
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert [kernels.common.precision(tf32, x) for tf32 in (True, False)] == [known, "ieee"]
+
+
+def test_wide_queries_are_refused_in_words():
+    x = torch.empty(1, 8, 2, 2, device=DEVICE)
+    assert triton.why_not(x, 4, 256) is None
+    assert triton.why_not(x, 4, 257) == "it has kernels for qk_dim up to 256, not 257"
+
+
+@pytest.mark.parametrize("qk_dim", [64, 65, 130])
+def test_queries_of_any_width(qk_dim):
+    check(shsa_call(Case(P=20, D=qk_dim, N=16, beyond=3, dtype=torch.float16)))
+
+
+def test_a_broken_triton_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text("raise ImportError('no libtriton')")
+    code = "import shvit_kernels.backends.triton as t; print(t.why_unavailable())"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "the package triton cannot be imported (ImportError: no libtriton)"
+
+    def import_module(name):
+        raise AttributeError("half a package")
+
+    monkeypatch.setattr(triton, "import_module", import_module)
+    assert triton._why_not_imported() == "the package triton cannot be imported (AttributeError: half a package)"
 
 
 def test_operators_pass_opcheck():

@@ -552,7 +552,7 @@ def _attention_gradient(
     bn = batch_norm or BatchNorm(None, None, None, None, 0.0)
     dqkv = x1.new_empty(B * N, ld)
     layout = {"X1_LAST": channels_last(x1), "LAST": channels_last(dy), "RELU": settings.relu}
-    proj, attn = precision(settings.tf32_proj), precision(settings.tf32_attn)
+    proj, attn = precision(settings.tf32_proj, x1), precision(settings.tf32_attn, x1)
     if _is_short(x1, D):
         hats = None if batch_norm is None else torch.empty_like(dqkv)
         sums = x1.new_empty(B, kinds, O, dtype=torch.float32)
@@ -569,7 +569,7 @@ def _attention_gradient(
     dout = x1.new_empty(B * N, dout_ld)
     delta = x1.new_empty(B, N, dtype=torch.float32)
     tiles = Tiles.of(B, N, _tile_tokens(x1))
-    columns = 16 if x1.dtype == torch.float32 and not settings.tf32_attn else 32  # exact products hold their operands
+    columns = 16 if x1.dtype == torch.float32 and attn == "ieee" else 32  # exact products hold their operands
     _stage[(tiles.count, triton.cdiv(O, columns) + 1)](
         dy, y, x1, mean, rstd, *norm, weight, bias, bn.mean, bn.var, bn.eps, hats, dout, delta,
         B, C, P, N, O, ld, dout_ld, tiles.blocks,
@@ -658,7 +658,7 @@ def gradients(
                     B, C, P, N, O, attention.dqkv.shape[1], tiles.blocks, tiles.count, steps, weight_programs,
                     X1_LAST=channels_last(x1), DX_LAST=channels_last(dy), IMAGES=tiles.images, PITCH=tiles.pitch,
                     BP=block, BO=padded(O) if is_whole else inner, WHOLE=is_whole, WEIGHT_O=rows, WEIGHT_P=columns,
-                    STAGE=stage, PROJ=precision(settings.tf32_proj), num_warps=warps, num_stages=1,
+                    STAGE=stage, PROJ=precision(settings.tf32_proj, x1), num_warps=warps, num_stages=1,
                 )  # fmt: skip
             dbias = dlast[0] if batch_norm is None else None
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)

@@ -1,6 +1,7 @@
 """What all Triton kernels share: helpers inside kernels, then helpers of their launchers."""
 
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -54,8 +55,15 @@ def channels_last(x: Tensor) -> bool:
     return not x.is_contiguous()
 
 
-def precision(tf32: bool) -> str:
-    return "tf32" if tf32 else "ieee"
+@cache
+def _has_tf32(device: int) -> bool:
+    """Whether Triton takes "tf32" for a device of ROCm."""
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] == "gfx942"
+
+
+def precision(tf32: bool, x: Tensor) -> str:
+    """Of products on the device of ``x``: TF32 where it is allowed and known."""
+    return "tf32" if tf32 and (torch.version.hip is None or _has_tf32(x.device.index)) else "ieee"
 
 
 def on_device_of(x: Tensor):

@@ -56,8 +56,8 @@ class Settings(NamedTuple):
             "LAST": common.channels_last(x),
             "Y_LAST": common.channels_last(y),
             "RELU": self.relu,
-            "PROJ": common.precision(self.tf32_proj),
-            "ATTN": common.precision(self.tf32_attn),
+            "PROJ": common.precision(self.tf32_proj, x),
+            "ATTN": common.precision(self.tf32_attn, x),
         }
 
 
@@ -214,7 +214,7 @@ def _stage(keys, values, x, parameters, settings, given, outputs, sizes, launch)
             outputs = x.new_empty(2, B, dtype=torch.float32).unbind()
     stage[(B * triton.cdiv(N, launch.keys) * sizes["SLICES"],)](
         x, keys, values, *parameters, *given, *part_moments, *outputs, N, C, settings.norm_eps, settings.bn_eps,
-        **sizes, TOKENS=launch.keys, LAST=last, PROJ=common.precision(settings.tf32_proj), PART=PART,
+        **sizes, TOKENS=launch.keys, LAST=last, PROJ=common.precision(settings.tf32_proj, x), PART=PART,
         PARTS=triton.next_power_of_2(parts), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return given if given[0] is not None else outputs

@@ -119,7 +119,7 @@ def shsa_mixer(
         project_and_add[(token_blocks * triton.cdiv(C, launch.outs),)](
             x, attended, proj_weight, proj_bias, out, B, N,
             C=C, P=P, SHORT=short, TOKENS=launch.tokens, OUTS=launch.outs, CHANNELS=launch.channels,
-            LAST=common.channels_last(x), PROJ=common.precision(tf32_proj), num_warps=launch.warps,
+            LAST=common.channels_last(x), PROJ=common.precision(tf32_proj, x), num_warps=launch.warps,
             num_stages=launch.stages,
         )  # fmt: skip
     return out
