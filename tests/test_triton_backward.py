@@ -21,6 +21,7 @@ from tests.support.numerics import (
     expect,
     largest,
     moved,
+    per_image,
 )
 from tests.support.triton import needs_triton
 
@@ -320,6 +321,28 @@ def test_non_finite_values_reach_the_whole_batch():
 
 
 # All
+
+
+STRIDES = {
+    "transposed": lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+    "sliced": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES.keys())
+@pytest.mark.parametrize("case", [Case(P=20, D=8, N=16, B=2, dtype=H), Case(P=7, D=8, N=40, B=2)], ids=str)
+def test_parameters_of_any_strides(case, change):
+    for make, truth in (
+        (shsa_call, per_image),
+        (train_call, exact.of_training(case)),
+        (moments_call, exact.of_moments),
+    ):
+        call = make(case)
+        call.inputs.update({k: change(t) for k, t in call.inputs.items() if k != "x"})
+        results = call.run(BACKEND)
+        assert_parity(results, expect(call, truth))
+        assert all(t.is_contiguous() for t in results.values())
 
 
 CALLS = [

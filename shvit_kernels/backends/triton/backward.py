@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
-from .common import channels_last, dot, on_device_of, padded, precision, row_maximum, split
+from .common import channels_last, dot, on_device_of, padded, parameters, precision, row_maximum, split
 from .norm_backward import (
     InputGradient,
     Rest,
@@ -609,19 +609,27 @@ def gradients(
     of the projection's bias."""
     B, C, H, W = dy.shape
     N = H * W
-    O, P = weight.shape[:2]
-    last = (bias,) if batch_norm is None else (batch_norm.weight, batch_norm.bias)
+    P = weight.shape[1]
+    O = 2 * settings.qk_dim + P
+    *norm, weight, bias = parameters(
+        norm_weight=(norm[0], P), norm_bias=(norm[1], P), weight=(weight, O * P), bias=(bias, O)
+    )
+    last = (bias,)
+    if batch_norm is not None:
+        given = {f"bn_{name}": (t, O) for name, t in batch_norm._asdict().items() if name != "eps"}
+        batch_norm = BatchNorm(*parameters(**given), batch_norm.eps)
+        last = (batch_norm.weight, batch_norm.bias)
     dx = torch.empty_like(dy, memory_format=ops.memory_format(saved.y)) if needs[0] else None
-    parameters = [
+    dparameters = [
         torch.empty_like(t) if need and t is not None else None
         for need, t in zip(needs[1:], (*norm, weight, *last), strict=True)
     ]
-    dnorm_weight, dnorm_bias, dweight, *dlast = parameters
+    dnorm_weight, dnorm_bias, dweight, *dlast = dparameters
     if B == 0:
-        for t in parameters:
+        for t in dparameters:
             if t is not None:
                 t.zero_()
-    elif dx is not None or any(t is not None for t in parameters):
+    elif dx is not None or any(t is not None for t in dparameters):
         if norm[0] is None:
             saved = saved._replace(mean=None, rstd=None)
         x1 = saved.x1
@@ -664,7 +672,7 @@ def gradients(
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)
             sums = attention.sums
             reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias, dweight_parts, dweight, sums, dbias, rest)
-    return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *parameters))
+    return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *dparameters))
 
 
 def _means(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import ops
 from . import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only such globals
@@ -100,6 +101,12 @@ def check_images(x: Tensor, P: int) -> None:
         raise RuntimeError(f"pdim must lie between 1 and {x.shape[1]}, got {P}")
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         raise RuntimeError("image tensors must be NCHW-contiguous or channels_last")
+
+
+def empty_image(like: Tensor, channels: int) -> Tensor:
+    """Images of ``channels`` channels in the memory format of ``like``."""
+    B, _, H, W = like.shape
+    return torch.empty((B, channels, H, W), dtype=like.dtype, device=like.device, memory_format=ops.memory_format(like))
 
 
 def parameters(**given: tuple[Tensor | None, int]) -> list[Tensor | None]:

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import ops
-from .common import channels_last, dot, on_device_of, padded
+from .common import channels_last, check_images, dot, empty_image, on_device_of, padded, parameters
 from .norm_backward import InputGradient, add_to_sums, leave_sums, reduce_parts, store_input_gradient, sums_of_images
 from .tiled import measure, merged
 from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
@@ -220,6 +219,8 @@ def partial_moments_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, C, H, W = x.shape
     N, P = H * W, pdim
+    check_images(x, P)
+    norm_weight, norm_bias = parameters(norm_weight=(norm_weight, P), norm_bias=(norm_bias, P))
 
     def fresh(*size: int) -> Tensor:
         return x.new_empty(size, dtype=torch.float32)
@@ -330,9 +331,10 @@ def partial_moments_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, P, H, W = x1.shape
     N = H * W
+    norm_weight, norm_bias = parameters(norm_weight=(norm_weight, P), norm_bias=(norm_bias, P))
     dx = None
     if needs[0]:
-        dx = x1.new_zeros((B, channels, H, W)).contiguous(memory_format=ops.memory_format(x1))
+        dx = empty_image(x1, channels).zero_()
     dnorm_weight, dnorm_bias = (
         torch.empty_like(t) if need and t is not None else None
         for need, t in zip(needs[1:], (norm_weight, norm_bias), strict=True)

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import ops
 from .backward import BatchNorm, Saved, Settings, gradients
-from .common import channels_last, dot, on_device_of, padded, parameters
-from .forward import attend
+from .common import channels_last, dot, empty_image, on_device_of, padded, parameters
+from .forward import attend, check
 from .moments import fits_whole, measure_images, shift, shifted_z, statistics_of_tile
 from .tiles import Tiles, both, element, tile_tokens
 
@@ -123,7 +122,7 @@ def _statistics(
     B, C, H, W = x.shape
     N = H * W
     O, P = weight.shape[:2]
-    x1 = x.new_empty(B, P, H, W).contiguous(memory_format=ops.memory_format(x))
+    x1 = empty_image(x, P)
 
     def fresh(*size: int) -> Tensor:
         return x.new_empty(size, dtype=torch.float32)
@@ -157,6 +156,8 @@ def shsa_train_forward(
     x, norm_weight, norm_bias, weight, bn_weight, bn_bias,
     qk_dim, norm_eps, bn_eps, scale, relu, tf32_proj, tf32_attn,
 ):  # fmt: skip
+    given = (norm_weight, norm_bias, weight, None, bn_weight, bn_bias, None, None)
+    norm_weight, norm_bias, weight, _, bn_weight, bn_bias, _, _ = check(x, *given, qk_dim)
     x1, mean, rstd, *statistics = _statistics(x, norm_weight, norm_bias, weight, norm_eps)
     y, *saved = attend(
         x, norm_weight, norm_bias, weight, None, bn_weight, bn_bias, *statistics[2:], bn_eps,
