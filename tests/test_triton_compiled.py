@@ -28,13 +28,22 @@ def launched() -> set[str]:
     return {name for file in source.glob("*.py") for name in LAUNCH.findall(file.read_text())}
 
 
-@pytest.mark.parametrize("target", triton_tier.SHARED_KIB)
-def test_builds(target, tmp_path, record_property):
-    file = tmp_path / "builds.json"
-    command = [sys.executable, "-m", "tests.support.triton_builds", target, str(file)]
+def reported(what: str, file: Path) -> list:
+    """What ``triton_builds`` says of a target, or of "anew"."""
+    command = [sys.executable, "-m", "tests.support.triton_builds", what, str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run(command, env=environment, check=True, timeout=LIMIT, cwd=Path(__file__).parent.parent)
-    builds = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def test_sizes_of_one_kind_share_their_builds(tmp_path):
+    """Training at several sizes of images and batches would otherwise wait for the compiler again and again."""
+    assert reported("anew", tmp_path / "anew.json") == []
+
+
+@pytest.mark.parametrize("target", triton_tier.SHARED_KIB)
+def test_builds(target, tmp_path, record_property):
+    builds = reported(target, tmp_path / "builds.json")
     record_property(triton_tier.PROPERTY, [target, builds])
     wrong = []
     for build in builds:

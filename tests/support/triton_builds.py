@@ -1,9 +1,11 @@
 """Builds the Triton kernels for a device that need not be there, and reports what they use.
 
     TRITON_INTERPRET=0 python -m tests.support.triton_builds TARGET FILE
+    TRITON_INTERPRET=0 python -m tests.support.triton_builds anew FILE
 
 The operators are called on tensors without memory (device "meta"), and what they launch is compiled instead: so that
-signatures, launch parameters and the table are those of the real calls. Writes a JSON list of :class:`Build`.
+signatures, launch parameters and the table are those of the real calls. Writes a JSON list of :class:`Build`, or
+what :func:`anew` says.
 """
 
 import json
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -23,6 +25,7 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
@@ -30,6 +33,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from shvit_kernels.backends import triton as backend
 from shvit_kernels.backends.triton import table
+from tests.support import triton_tier
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,6 +43,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 B, QK_DIM, EPS = 256, 16, 1e-5
+MIXED = ((torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16))
+"""Types of x and of the parameters."""
 STAGES = ((224, 48, 7), (320, 68, 4), (308, 66, 7), (448, 96, 4), (352, 75, 7), (336, 72, 8))
 
 
@@ -90,24 +96,29 @@ class Device(DriverBase):
         return 0
 
 
-class Parsed(Exception):
-    """A kernel that the front end has nothing against."""
+class Stopped(Exception):
+    """A build that was to go no further; with the shared memory, where that is known."""
 
 
 @contextmanager
-def front_end_only() -> Iterator[None]:
-    """Inside, a build for CUDA ends with :class:`Parsed` where Triton's own code is made: a tenth of its time."""
-    whole = CUDABackend.add_stages
+def stopped_after(stage: str) -> Iterator[None]:
+    """Inside, builds end with :class:`Stopped`: after "ttir" what the front end refuses is known, in a tenth of the
+    time, after "llir" the shared memory too."""
 
-    def stop(*_):
-        raise Parsed
+    def stop(_, metadata: dict):
+        raise Stopped(metadata.get("shared", 0))
 
-    def front_end(self, stages, options, language):
-        whole(self, stages, options, language)
-        for name in list(stages)[1:]:
-            stages[name] = stop
+    def shortened(add_stages: Callable) -> Callable:
+        def add(self, stages: dict, options, language):
+            add_stages(self, stages, options, language)
+            names = list(stages)
+            stages[names[names.index(stage) + 1]] = stop
 
-    with patch.object(CUDABackend, "add_stages", front_end):
+        return add
+
+    with ExitStack() as patches:
+        for backend in (CUDABackend, HIPBackend):
+            patches.enter_context(patch.object(backend, "add_stages", shortened(backend.add_stages)))
         yield
 
 
@@ -168,8 +179,8 @@ class Case:
     """The type of the parameters; by default that of x."""
     asked: tuple[int, ...] | None = None
     """The gradients that are asked for: of x, of norm_weight and so on; by default all."""
-    parsed: bool = False
-    """Whether only the front end sees the kernels."""
+    last_stage: str | None = None
+    """Of the builds, see ``stopped_after``; by default they are finished."""
 
     def __str__(self) -> str:
         words = [f"{self.C}+{self.P}+{self.D} {self.height}x{self.width}", str(self.dtype).removeprefix("torch.")]
@@ -239,6 +250,8 @@ def cases(target: str) -> Iterator[Case]:
     yield Case(336, 72, 25, 42)
     yield Case(352, 75, 7, 7, torch.float32)
     yield Case(320, 68, 4, 4, torch.float32, tf32=(True, False))  # several images in a tile, and PyTorch's default
+    if triton_tier.SHARED_KIB[target] < 100:
+        yield from wide_cases()
     if target == "sm_90":
         yield Case(320, 68, 4, 4, torch.float32)
         yield Case(352, 75, 7, 7, torch.float32, tf32=(True, True))
@@ -248,12 +261,22 @@ def cases(target: str) -> Iterator[Case]:
         yield from parsed_cases()
 
 
+def wide_cases() -> Iterator[Case]:
+    """The widest queries of each kernel, by their shared memory."""
+    for P, *sides, D in ((128, 8, 8, 64), (128, 8, 8, 65), (128, 8, 8, 256), (128, 25, 42, 256), (300, 14, 14, 256)):
+        for operators in (("shsa_eval",), ("shsa_backward",)) if D == 256 else (("shsa_eval",),):
+            yield Case(P + 8, P, *sides, D=D, operators=operators, last_stage="llir")
+
+
 def parsed_cases() -> Iterator[Case]:
-    """Each gradient asked for alone, and some together."""
+    """Each gradient asked for alone, and some together; and parameters of another type than x, as autocast has them."""
     backwards = ("shsa_backward", "partial_moments_backward", "shsa_train_backward")
     for *image, dtype in ((8, 8, torch.float16), (25, 42, torch.float16), (8, 8, torch.float32)):
         for asked in ((0,), (1,), (2,), (3,), (4,), (0, 2, 4), (1, 3, 5)):
-            yield Case(336, 72, *image, dtype, asked=asked, operators=backwards, parsed=True)
+            yield Case(336, 72, *image, dtype, asked=asked, operators=backwards, last_stage="ttir")
+    for dtype, parameters in MIXED:
+        for sides in ((8, 8), (25, 42)):
+            yield Case(336, 72, *sides, dtype, parameters=parameters, last_stage="ttir")
 
 
 @contextmanager
@@ -273,16 +296,16 @@ def build(target: str) -> list[Build]:
     what: list[str] = []
 
     def compiled(function, grid, *args, **kwargs):
-        key = key_of(function, args, kwargs) + " parsed" * case.parsed
+        key = f"{key_of(function, args, kwargs)} {case.last_stage}"
         if key in builds:
             return
         start = time.perf_counter()
         try:
-            with front_end_only() if case.parsed else nullcontext():
+            with stopped_after(case.last_stage) if case.last_stage else nullcontext():
                 kernel = function.run(*args, grid=grid, warmup=True, **kwargs)
             found = usage(kernel) | maxima(kernel)
-        except Parsed:
-            found = {}
+        except Stopped as stopped:
+            found = {"shared": stopped.args[0]}
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         seconds = time.perf_counter() - start
@@ -297,5 +320,34 @@ def build(target: str) -> list[Build]:
     return list(builds.values())
 
 
+SIZES = {
+    "batches": [Case(336, 72, 8, 8, batch=batch) for batch in (2, 1, 3, 16, 31, 128)],
+    "long images": [Case(336, 72, *sides, batch=2) for sides in ((20, 20), (20, 24), (16, 27), (32, 16))],
+    "long images whose tokens are odd": [Case(336, 72, *sides, batch=2) for sides in ((21, 21), (25, 17), (19, 23))],
+}
+"""Cases that one set of builds does for."""
+
+
+def anew() -> list[tuple[str, str, str]]:
+    """What all cases but the first of each kind build anew: the kind, the case and the kernel."""
+    triton.runtime.driver.set_active(Device(TARGETS["sm_90"]))
+    found = []
+    for kind, (first, *others) in SIZES.items():
+        known: set[str] = set()
+        for case in (first, *others):
+
+            def note(function, grid, *args, case=case, kind=kind, known=known, **kwargs):
+                key = key_of(function, args, kwargs)
+                if key not in known and case is not SIZES[kind][0]:
+                    found.append((kind, str(case), function.__name__))
+                known.add(key)
+
+            with instead_of_launches(note) as operators:
+                for name, arguments in calls(case, operators):
+                    operators[name](*arguments)
+    return found
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps([asdict(b) for b in build(sys.argv[1])]))
+    results = anew() if sys.argv[1] == "anew" else [asdict(b) for b in build(sys.argv[1])]
+    Path(sys.argv[2]).write_text(json.dumps(results))

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
-from .common import channels_last, dot, on_device_of, padded, parameters, precision, row_maximum, split
+from .common import channels_last, dot, launched, on_device_of, padded, parameters, precision, row_maximum, split
 from .norm_backward import (
     InputGradient,
     Rest,
@@ -103,7 +103,7 @@ def _leave(value, hat, dqkv, hats, sums, rows, o, end, valid, ld, O, BATCH_NORM:
 # Short images: one program takes one image
 
 
-@triton.jit
+@launched
 def _attend_short(
     dy, y, x1, mean, rstd, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_eps,
     dqkv, hats, sums, scale, ld,
@@ -185,7 +185,7 @@ def _normalised_projection(
 # Any images: the projection is staged, and dq, dk and dv are made by programs of their own
 
 
-@triton.jit
+@launched
 def _stage(
     dy, y, x1, mean, rstd, norm_weight, norm_bias, weight, bias, bn_mean, bn_var, bn_eps, hats, dout, delta,
     B, C, P, N, O, ld, dout_ld, blocks, X1_LAST: tl.constexpr, LAST: tl.constexpr, RELU: tl.constexpr,
@@ -327,7 +327,7 @@ def _value_gradient(
     _leave_staged(dv, hats, dqkv, sums, own_rows, 2 * D + c, 2 * D + P, own, ld, 2 * D + P, BATCH_NORM)
 
 
-@triton.jit
+@launched
 def _attend_long(
     hats, dout, delta, row_max, row_sum, bn_weight, bn_bias, dqkv, sums, scale, P, D, N, ld, dout_ld, blocks,
     TOKENS: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr, ONE_BLOCK: tl.constexpr, BATCH_NORM: tl.constexpr,
@@ -466,7 +466,7 @@ def _input_tile(
             )  # fmt: skip
 
 
-@triton.jit
+@launched
 def _through_projection(
     dqkv, hats, means, bn_weight, bn_var, bn_eps, x1, dx, mean, rstd, norm_weight, norm_bias, weight, dweight_parts,
     tile_sums, dnorm_parts, B, C, P, N, O, ld, blocks, tiles, steps, weight_programs,
@@ -489,7 +489,7 @@ def _through_projection(
         )  # fmt: skip
 
 
-@triton.jit
+@launched
 def _batch_means(sums, bn_var, dbn_weight, dbn_bias, means, rows, O, count, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Gradients of the batch normalisation's parameters, and the means that its gradient takes off."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

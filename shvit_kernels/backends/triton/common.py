@@ -17,6 +17,19 @@ _INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only such globals
 # Inside kernels
 
 
+_COUNTS = (
+    "B", "attention_blocks", "tiles", "steps", "weight_programs", "parts", "rows", "matrix_rows", "bias_rows",
+    "reductions",
+)  # fmt: skip
+
+
+def launched(function):
+    """``triton.jit`` for kernels that are launched: numbers that no address is a multiple of make no builds of their
+    own, or there would be one for nearly every size of image and batch."""
+    # A single block, though, is every short image, whose divisions by it then vanish.
+    return triton.jit(function, do_not_specialize=_COUNTS, do_not_specialize_on_alignment=("blocks",))
+
+
 @triton.jit
 def dot(a, b, precision: tl.constexpr, acc=None):
     """``a @ b (+ acc)`` in float32, of b in the type of a, as autocast leaves x its type and not the parameters.

@@ -205,13 +205,13 @@ def _stage(keys, values, x, parameters, settings, given, outputs, sizes, launch)
     parts = triton.cdiv(N, PART)
     part_moments = (None, None)
     if parameters[0] is not None and given[0] is None:
-        part_moments = x.new_empty(2, B, parts, dtype=torch.float32).unbind()
+        part_moments = tuple(x.new_empty(B, parts, dtype=torch.float32) for _ in range(2))
         measure[(B * parts,)](
             x, *part_moments, N, C,
             P=sizes["P"], PART=PART, TOKENS=launch.keys, CHANNELS=launch.channels, LAST=last,
         )  # fmt: skip
         if outputs[0] is None:
-            outputs = x.new_empty(2, B, dtype=torch.float32).unbind()
+            outputs = tuple(x.new_empty(B, dtype=torch.float32) for _ in range(2))
     stage[(B * triton.cdiv(N, launch.keys) * sizes["SLICES"],)](
         x, keys, values, *parameters, *given, *part_moments, *outputs, N, C, settings.norm_eps, settings.bn_eps,
         **sizes, TOKENS=launch.keys, LAST=last, PROJ=common.precision(settings.tf32_proj, x), PART=PART,

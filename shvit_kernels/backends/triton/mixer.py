@@ -45,7 +45,7 @@ def weight_columns(weight, outs, columns, C: tl.constexpr, end):
     return tl.load(weight + outs[None, :] * C + columns[:, None], mask=within, other=0.0)
 
 
-@triton.jit
+@common.launched
 def project_and_add(
     x, attended, weight, bias, out, B, long_tokens,
     C: tl.constexpr, P: tl.constexpr, SHORT: tl.constexpr, TOKENS: tl.constexpr, OUTS: tl.constexpr,

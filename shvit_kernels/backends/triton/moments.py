@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import channels_last, check_images, dot, empty_image, on_device_of, padded, parameters
+from .common import channels_last, check_images, dot, empty_image, launched, on_device_of, padded, parameters
 from .norm_backward import InputGradient, add_to_sums, leave_sums, reduce_parts, store_input_gradient, sums_of_images
 from .tiled import measure, merged
 from .tiles import Tiles, affine_tile, both, element, normal_tile, sum_of_image, tile_tokens
@@ -26,7 +26,7 @@ PART = 256
 """Tokens that one program measures of an image that it does not hold."""
 
 
-@triton.jit
+@launched
 def _merge_parts(
     part_mean, part_squares, image_mean, image_rstd, N, P, eps, PART: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def shifted_z(x, norm_weight, mean, rstd, first, image, c, n, valid, C, P, N, LA
         return tl.where(mask, values - shift(x, None, c, P, N, False, LAST)[None, :], 0.0)
 
 
-@triton.jit
+@launched
 def _partial_moments(
     x,
     norm_weight,
@@ -150,7 +150,7 @@ def _partial_moments(
             tl.store(part_count + part, count)
 
 
-@triton.jit
+@launched
 def _merge_moments(
     x,
     norm_bias,
@@ -201,7 +201,7 @@ def measure_images(x: Tensor, P: int, eps: float) -> tuple[Tensor, Tensor]:
     B, C, H, W = x.shape
     N = H * W
     parts = triton.cdiv(N, PART)
-    part_mean, part_squares = x.new_empty(2, B, parts, dtype=torch.float32)
+    part_mean, part_squares = (x.new_empty(B, parts, dtype=torch.float32) for _ in range(2))
     mean, rstd = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
     last = channels_last(x)
     measure[(B * parts,)](x, part_mean, part_squares, N, C, P=P, PART=PART, TOKENS=TOKENS, CHANNELS=CHANNELS, LAST=last)
@@ -249,7 +249,7 @@ def partial_moments_forward(
         )  # fmt: skip
         _merge_moments[(P,)](
             x, norm_bias, part_count, part_mean, part_products, z_mean, z_cov, parts, float(B * N), P, N,
-            HAS_NORM=norm_weight is not None, LAST=last, PP=padded(P), ROWS=16,
+            HAS_NORM=norm_weight is not None, LAST=last, PP=padded(P), ROWS=16, num_warps=8,
         )  # fmt: skip
     return z_mean, z_cov, image_mean, image_rstd
 
@@ -276,7 +276,7 @@ def _dz(
     return tl.where(both(valid, c, P), dz, 0.0)
 
 
-@triton.jit
+@launched
 def _moments_backward(
     dmean, dcov, x1, dx, z_mean, image_mean, image_rstd, norm_weight, norm_bias, tile_sums, dnorm_parts, count,
     B, C, P, N, blocks, X1_LAST: tl.constexpr, DX_LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr,

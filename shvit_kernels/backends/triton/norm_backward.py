@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import channels_last
+from .common import channels_last, launched
 from .forward import copy_blocks
 from .tiles import Tiles, both, element
 from .tokens import copy_rest
@@ -116,7 +116,7 @@ def _pass_rest(
         copy_rest(dy, dx, block, B, N, C, P, RELU, LAST, VECTOR, ROWS, COLUMNS, y)
 
 
-@triton.jit
+@launched
 def _reduce_parts(
     matrix_parts,
     dmatrix,

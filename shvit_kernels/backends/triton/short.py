@@ -1,14 +1,13 @@
 """Attention of short images: everything of an image between the load of x and the store of y stays on chip."""
 
-import triton
 import triton.language as tl
 
-from .common import dot, row_maximum
+from .common import dot, launched, row_maximum
 from .projection import affine, project, weight_tiles
 from .tokens import centred, copy_rest, load_tokens, normalised, store_tokens, sum_of_image
 
 
-@triton.jit
+@launched
 def attend_short(
     x, y, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, given_mean, given_rstd,
     mean_out, rstd_out, row_max_out, row_sum_out,

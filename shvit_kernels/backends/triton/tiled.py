@@ -6,7 +6,7 @@ Keys and values are projected again in every block of queries, or staged in memo
 import triton
 import triton.language as tl
 
-from .common import dot, row_maximum
+from .common import dot, launched, row_maximum
 from .projection import affine, weight_tile
 from .tokens import centred, copy_rest, load_tokens, normalised, store_tokens
 
@@ -32,7 +32,7 @@ def moments_of(x, images, begin, end, N, C, P, TOKENS: tl.constexpr, CHANNELS: t
     return mean, tl.sum(tl.sum(total, 1), 1)
 
 
-@triton.jit
+@launched
 def measure(
     x, part_mean, part_squares, N, C,
     P: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
@@ -115,7 +115,7 @@ def staged_tile(staged, images, tokens, N, first, CHANNELS, COLUMNS: tl.constexp
     return staged + rows * CHANNELS + columns[None, :], (tokens < N)[:, None] & (columns < CHANNELS)[None, :]
 
 
-@triton.jit
+@launched
 def stage(
     x, keys, values, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, given_mean, given_rstd,
     part_mean, part_squares, mean_out, rstd_out, N, C, norm_eps, bn_eps,
@@ -156,7 +156,7 @@ def stage(
         tl.store(pointers, v1, mask=within)
 
 
-@triton.jit
+@launched
 def attend_tiled(
     x, y, keys, values, norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, given_mean,
     given_rstd, mean_out, rstd_out, row_max_out, row_sum_out, B, N, C, y_channels, attention_blocks, norm_eps, bn_eps,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backward import BatchNorm, Saved, Settings, gradients
-from .common import channels_last, dot, empty_image, on_device_of, padded, parameters
+from .common import channels_last, dot, empty_image, launched, on_device_of, padded, parameters
 from .forward import attend, check
 from .moments import fits_whole, measure_images, shift, shifted_z, statistics_of_tile
 from .tiles import Tiles, both, element, tile_tokens
@@ -36,7 +36,7 @@ def _exact_product(z, w, acc):
     return acc
 
 
-@triton.jit
+@launched
 def _measure_projection(
     x, x1, norm_weight, image_mean, image_rstd, weight, tile_mean, tile_squares, B, C, P, N, O, blocks, eps,
     LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, WHOLE: tl.constexpr, BK: tl.constexpr,
@@ -71,7 +71,7 @@ def _measure_projection(
     tl.store(tile_squares + tile.to(tl.int64) * O + o, tl.sum(centred * centred, 0), o < O)
 
 
-@triton.jit
+@launched
 def _merge_projection(
     x, norm_bias, weight, tile_mean, tile_squares, batch_mean, batch_var, z_mean, z_cov, B, P, N, O, blocks, tiles,
     count, HAS_NORM: tl.constexpr, LAST: tl.constexpr, IMAGES: tl.constexpr, PITCH: tl.constexpr, BO: tl.constexpr,
@@ -132,7 +132,7 @@ def _statistics(
         return x1, fresh(0), fresh(0), *(t.zero_() for t in statistics)
     z_mean, z_cov, batch_mean, batch_var = statistics
     tiles = Tiles.of(B, N, TOKENS)
-    tile_mean, tile_squares = fresh(2, tiles.count, O)
+    tile_mean, tile_squares = fresh(tiles.count, O), fresh(tiles.count, O)
     geometry = {"LAST": channels_last(x), "IMAGES": tiles.images, "PITCH": tiles.pitch}
     mean = rstd = None
     is_whole = fits_whole(tiles, P)
@@ -177,7 +177,7 @@ def shsa_train_backward(
     return gradients(dy, saved, (norm_weight, norm_bias), weight, None, batch_norm, settings, needs)
 
 
-@triton.jit
+@launched
 def _update_running_statistics(
     running_mean, running_var, num_batches_tracked, mean, variance, unbiased, momentum, O,
     COUNTS_ONLY: tl.constexpr, AVERAGES: tl.constexpr, BO: tl.constexpr,
