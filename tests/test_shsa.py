@@ -291,6 +291,29 @@ def _largest_logit(case: Case) -> float:
     return largest(q.transpose(1, 2) @ k)
 
 
+@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [(0, 128), (0, 256), (128, 300), (5, 290), (0, 300)], ids=str)
+def test_keys_whose_logits_overflow_count_for_nothing(keys, dtype, variant):
+    """-inf as logit, of finite queries and keys: in whole blocks of keys, which come first or later, and everywhere."""
+    case = Case(P=4, D=2, N=300, B=1, norm="none", relu=False, beyond=0, dtype=dtype)
+    call = shsa_call(case)
+    x, weight, bias = (call.inputs[k] for k in ("x", "qkv_weight", "qkv_bias"))
+    x.flatten(2)[0, 0] = 0.0
+    x.flatten(2)[0, 0, slice(*keys)] = -1e20
+    weight[0], bias[0], bias[2], weight[2] = 0.0, 1e20, 0.0, torch.tensor([1.0, 0.0, 0.0, 0.0])
+    weight[[1, 3, 4, 5, 6, 7], 0] = 0.0
+    needs = ("x", "qkv_weight")  # the bias of the first key has none but noise
+    with native_tier.instruction_set(variant):
+        results = call.run(BACKEND, needs)
+    if keys == (0, case.N):
+        for name, specified in call.run("eager", needs).items():
+            assert specified.isnan().any()
+            assert_same_non_finite(results[name], specified)
+    else:
+        assert_parity(results, expect(call))
+
+
 def test_one_key_far_above_all_others_in_the_last_block():
     """The row maximum comes last, after other keys were summed."""
     case = Case(P=8, D=1, N=1050, norm="none", relu=False, B=1)

@@ -33,11 +33,13 @@ SHVIT_INLINE void attend_block(const Sizes& s, const T* q, const T* k, const T* 
     T* column = state.scores + j;
     V highest = load<V>(column);
     for (int64_t i = 1; i < keys; ++i) highest = vmax(highest, load<V>(column + i * kQueryColumns));
+    const V old = first ? highest : load<V>(state.row_max + j);
+    highest = vmax(highest, old);
+    // Where all logits so far are -inf, differences are NaN, and what comes later may still be finite.
+    const V base = highest == -static_cast<T>(__builtin_inf()) ? V{} : highest;
     V earlier{};
     if (!first) {
-      const V old = load<V>(state.row_max + j);
-      highest = vmax(highest, old);
-      const V shrink = exp_nonpositive<T, VB>(old - highest);
+      const V shrink = exp_nonpositive<T, VB>(old - base);
       earlier = load<V>(state.row_sum + j) * shrink;
       for (int64_t p = 0; p < s.P; ++p) {
         T* o = state.out + p * kQueryColumns + j;
@@ -46,7 +48,7 @@ SHVIT_INLINE void attend_block(const Sizes& s, const T* q, const T* k, const T* 
     }
     V sums[4] = {};  // several short sums round less than a long one
     for (int64_t i = 0; i < keys; ++i) {
-      const V e = exp_nonpositive<T, VB>(load<V>(column + i * kQueryColumns) - highest);
+      const V e = exp_nonpositive<T, VB>(load<V>(column + i * kQueryColumns) - base);
       store(column + i * kQueryColumns, e);
       sums[i % 4] += e;
     }
