@@ -76,7 +76,8 @@ def shsa_mixer(
         return eager.mix_after(shsa, x, *attention, proj_weight, proj_bias, qk_dim, norm_eps, scale, *tf32)
     bias = proj_weight.new_zeros(proj_weight.shape[0]) if proj_bias is None else proj_bias
     rows = x.contiguous(memory_format=torch.channels_last)
+    dense = [t if t is None else t.contiguous() for t in attention]
     mixed = torch.ops.shvit_kernels.fused_mixer.default(
-        rows, *attention, ops.pack(proj_weight), bias, qk_dim, norm_eps, scale
+        rows, *dense, ops.pack(proj_weight), bias.contiguous(), qk_dim, norm_eps, scale
     )
     return mixed.contiguous(memory_format=ops.memory_format(x))
