@@ -380,6 +380,11 @@ def _gradients(ctx, function: str, operator: Callable, *arguments) -> tuple[Tens
     return None, *results
 
 
+def _first_channels(x: Tensor, P: int) -> Tensor:
+    """The first P channels of dense images, dense too, for the backward: never a view, which would keep all alive."""
+    return x if x.shape[1] == P else x[:, :P].clone(memory_format=memory_format(x))
+
+
 # Each call takes microseconds: a separate setup_context would cost more than a small layer's kernel, and every argument
 # costs more than an item of the settings.
 
@@ -393,7 +398,7 @@ class Shsa(torch.autograd.Function):
         output = FAMILIES[family]["shsa_forward"](x, *parameters, *rest)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        x1 = x[:, : parameters[2].shape[1]].contiguous(memory_format=memory_format(x))
+        x1 = _first_channels(x, parameters[2].shape[1])
         ctx.save_for_backward(x1, *output, *parameters)
         return output[0]
 
@@ -469,7 +474,7 @@ class PartialMoments(torch.autograd.Function):
         mean, cov, image_mean, image_rstd = output
         ctx.family, ctx.channels = family, x.shape[1]
         ctx.set_materialize_grads(False)
-        x1 = x[:, :pdim].contiguous(memory_format=memory_format(x))
+        x1 = _first_channels(x, pdim)
         ctx.save_for_backward(x1, mean, image_mean, image_rstd, norm_weight, norm_bias)
         return mean, cov
 

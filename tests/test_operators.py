@@ -224,6 +224,20 @@ def test_changing_a_saved_parameter_before_the_backward_is_an_error():
         y.sum().backward()
 
 
+@each_layout
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("make", [shsa_call, moments_call])
+def test_input_is_not_kept_for_the_backward(make, B, layout):
+    """Only its first channels are, or all of its channels would stay alive."""
+    call = make(small_case(B=B, layout=layout))
+    x = call.inputs["x"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call.function(**call.inputs, backend=BACKEND)
+    assert x.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in kept}
+    assert 10 * 16 in {t.numel() // B for t in kept}  # pdim channels
+
+
 # torch.compile and torch.export
 
 
