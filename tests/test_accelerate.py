@@ -244,13 +244,14 @@ def test_other_layers_are_left_alone(part, replacement, reason):
 
 def test_layers_with_additions_are_left_alone():
     model = small_timm()
-    first, second, third, _ = layers(model, StockTimm)
+    first, second, third, fourth = layers(model, StockTimm)
     first.temperature = nn.Parameter(torch.ones(1))
     second.forward = lambda x: x
     third.dropout = nn.Dropout()  # another structure altogether
-    with pytest.warns(UserWarning, match="left 2 of 3 SHSA layers alone: 2 with additions of their own"):
+    fourth.register_buffer("mask", torch.ones(1))
+    with pytest.warns(UserWarning, match="left 3 of 3 SHSA layers alone: 3 with additions of their own"):
         accelerate(model)
-    assert [type(layer) for layer in (first, second, third)] == [StockTimm] * 3
+    assert [type(layer) for layer in (first, second, third, fourth)] == [StockTimm] * 4
 
 
 def test_all_left_alone():

@@ -12,7 +12,7 @@ import shvit_kernels
 from shvit_kernels import backends, demo
 from shvit_kernels.__main__ import main
 from shvit_kernels._randomise import randomise
-from shvit_kernels.bench.cases import EAGER, FUSED, OURS, SUITES, cases
+from shvit_kernels.bench.cases import EAGER, EVALUATION, FUSED, OURS, SUITES, TRAINING, cases
 from shvit_kernels.bench.costs import kept_activations
 from shvit_kernels.bench.timing import Spread, measure
 
@@ -217,6 +217,13 @@ def test_contenders_of_a_case_compute_the_same():
 def test_flops_are_those_published():
     macs = {case.name: case.flops / case.shape[0] / 2e6 for case in cases(["models"], ["shvit_s1", "shvit_s4"])}
     assert macs == pytest.approx({"shvit_s1": 241, "shvit_s4": 986}, rel=0.002)
+
+
+def test_a_training_step_takes_three_times_the_flops_of_evaluation():
+    of_mode = {mode: [] for mode in (EVALUATION, TRAINING)}
+    for case in cases(["op", "layer"], ["shvit_s1"]):
+        of_mode[case.mode].append(case.flops)
+    assert of_mode[TRAINING] == [3 * flops for flops in of_mode[EVALUATION]]
 
 
 def test_a_shape_that_occurs_twice_is_measured_once():

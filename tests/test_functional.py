@@ -200,6 +200,18 @@ def test_mixed_dtypes_are_accepted_under_autocast():
             functional.shsa(**arguments(qkv_bias=torch.ones(O, dtype=torch.int64)))
 
 
+@pytest.mark.parametrize("of_conv, of_matmul", [("tf32", "ieee"), ("ieee", "tf32")])
+def test_tf32_of_the_projection_is_that_of_convolutions(of_conv, of_matmul):
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32)  # there need not be a GPU
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    try:
+        conv.fp32_precision, matmul.fp32_precision = of_conv, of_matmul
+        assert functional.tf32(x) == (of_conv == "tf32", of_matmul == "tf32")
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+
+
 # Choice of the backend
 
 

@@ -125,19 +125,20 @@ def sequence(B, C, H, W, width=24, P=10, D=3):
     return Operation("sequence", (B, C, H, W), weights, packed, (layers, [1e-5, D**-0.5]))
 
 
-def merging(B, C, H, W, outputs, squeezed):
+def merging(B, C, H, W, outputs, squeezed, relu=0):
     """Patch merging and the head of a model."""
     weights, packed = patch_merging(C, outputs, squeezed)
     weights |= {"head": (11, outputs), "head_bias": (11,)}
-    layers = [Kind.PATCH_MERGING, C, outputs, 4 * C, squeezed, Kind.POOL, 0, 0, 0, 0, Kind.POINTWISE, outputs, 11, 0, 0]
+    layers = [Kind.PATCH_MERGING, C, outputs, 4 * C, squeezed, Kind.POOL, 0, 0, 0, 0]
+    layers += [Kind.POINTWISE, outputs, 11, relu, 0]
     return Operation("sequence", (B, C, H, W), weights, (*packed, "head"), (layers, []))
 
 
-def stem(B, C, H, W, *widths):
+def stem(B, C, H, W, *widths, relus=(1, 1, 1)):
     """Convolutions of stride 2, the first two of which are one step."""
     weights, layers, inputs = {}, [], C
     for i, width in enumerate(widths):
-        layers += [Kind.CONV3X3, inputs, width, 1, 0]
+        layers += [Kind.CONV3X3, inputs, width, relus[i], 0]
         weights |= {f"conv{i}": (width, 9 * inputs), f"bias{i}": (width,)}
         inputs = width
     packed = tuple(name for name in weights if name.startswith("conv"))
@@ -190,7 +191,9 @@ OTHERS = [
     mixer(0, 9, 4, 4, 5, 2),
     pool(0, 5, 4, 4),
     merging(0, 9, 4, 4, 3, 2),
+    merging(2, 9, 4, 4, 3, 2, relu=1),
     stem(0, 3, 8, 8, 4, 9),
+    *[stem(2, 3, 9, 8, 4, 9, relus=relus) for relus in ((1, 0), (0, 1), (0, 0))],
     sequence(70, 3, 8, 8),  # several chunks of images
     sequence(2, 2, 90, 70),
     sequence(2, 5, 1, 1),
@@ -323,6 +326,33 @@ def test_more_that_the_compiled_sequence_refuses():
             torch.ops.shvit_kernels.fused_sequence(call.inputs["x"], *given)
     with pytest.raises(RuntimeError, match=r"between 1 and 2\^24"):
         torch.ops.shvit_kernels.fused_sequence(torch.empty(0, 2**60, 1, 1), [weights], [3, 2**60, *layers[2:5]], [])
+
+
+BAD_LAYERS = {
+    "more_partial_channels_than_there_are": ((Kind.MIXER, 24, 3, 40, 0), "pdim must lie between 1 and 24, got 40"),
+    "no_partial_channels": ((Kind.MIXER, 24, 3, 0, 0), r"between 1 and 2\^24, got 0"),
+    "wide_queries": ((Kind.MIXER, 24, 2**60, 10, 0), r"between 1 and 2\^24, got 1152921504606846976"),
+    "stride": ((Kind.DEPTHWISE, 24, 3, 0, 0), "stride must be 1 or 2, got 3"),
+}
+
+
+@pytest.mark.parametrize("layer, message", BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_layers_that_the_compiled_sequence_refuses(layer, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.shvit_kernels.fused_sequence(torch.randn(1, 24, 4, 4), [torch.zeros(10000)], list(layer), [1e-5, 1.0])
+
+
+@pytest.mark.parametrize("operation, doubled", [(ffn(2, 9, 3, 3, 21), "2"), (mixer(3, 9, 3, 3, 5, 2), "")])
+def test_other_outputs_than_channels_are_refused(operation, doubled):
+    inputs = operation.call().inputs
+    wrong = {name: torch.cat([inputs[name]] * 2) for name in (f"weight{doubled}", f"bias{doubled}")}
+    with pytest.raises(RuntimeError, match=f"weight{doubled} must have 9 outputs, got 18"):
+        native(operation, **wrong)
+
+
+def test_images_without_pixels_are_refused_by_the_bare_operators():
+    with pytest.raises(RuntimeError, match="x must have a channel and a pixel"):
+        torch.ops.shvit_kernels.fused_pool(torch.randn(2, 5, 0, 3))
 
 
 def test_the_weights_of_a_sequence_may_be_several_tensors():

@@ -12,7 +12,7 @@ from shvit_kernels.backends import cpu, eager
 from tests.support import exact
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, mixer_train_call, named
-from tests.support.numerics import assert_parity, expect
+from tests.support.numerics import Call, assert_parity, expect
 
 pytestmark = native_tier.needs_native
 
@@ -76,11 +76,23 @@ def test_float64_is_the_specification(N, B, P, beyond, residual, layout, variant
     """Few tokens, tokens that end in the middle of a vector or a block, widths that end in the middle of a panel."""
     call = mixer_train_call(Case(N=N, B=B, P=P, D=3, beyond=beyond, dtype=torch.float64, layout=layout), residual)
     with native_tier.instruction_set(variant):
-        results = call.run(BACKEND)
+        assert_near_eager(call)
+
+
+def assert_near_eager(call: Call) -> None:
+    """In float64."""
+    results = call.run(BACKEND)
     for name, expected in call.run("eager").items():
         # The gradient of norm_bias is zero in truth.
         size = max(expected.abs().max(), results["dnorm_weight"].abs().max() if name == "dnorm_bias" else 0)
         assert (results[name] - expected).abs().max() <= 1e-9 * size, name
+
+
+@each_layout
+@pytest.mark.parametrize("N", [49, 257])
+def test_each_norm_has_its_own_eps(N, layout):
+    case = Case(N=N, P=5, D=3, beyond=3, dtype=torch.float64, layout=layout)
+    assert_near_eager(mixer_train_call(case, epsilons=(0.5, 0.3, 0.1)))
 
 
 @pytest.mark.parametrize("variant", native_tier.each_variant())

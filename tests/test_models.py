@@ -102,6 +102,16 @@ def test_fuse(pairs, training):
     assert_close(evaluation(ours, x), evaluation(theirs, x))
 
 
+def test_fuse_reads_the_eps_of_every_norm():
+    model = randomise(small(dtype=torch.float64), seed=1)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.eps = 0.5
+    x = images(64)
+    before = evaluation(model, x)
+    assert_close(evaluation(model.fuse(), x), before)
+
+
 def test_fused_by_timm_way_of_hand(pairs):
     """timm's ``fuse`` walks over any module with a ``fuse`` method, ours included."""
     ours, theirs = pairs("shvit_s1")

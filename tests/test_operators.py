@@ -146,6 +146,7 @@ UNREADABLE = {
     "three_dimensions": (lambda: torch.randn(8, 3, 3), 4, "got 3 dimensions"),
     "no_tokens": (lambda: torch.randn(2, 8, 0, 3), 4, "at least one token"),
     "pdim_beyond_channels": (lambda: torch.randn(2, 8, 3, 3), 9, "pdim must lie between 1 and 8, got 9"),
+    "strides": (lambda: torch.randn(2, 8, 6, 4)[:, :, ::2, 1:], 4, "must be NCHW-contiguous or channels_last"),
 }
 
 
@@ -156,6 +157,16 @@ def test_kernels_refuse_what_they_cannot_read(make, pdim, message):
     weight = torch.randn(2 + pdim, pdim)
     with pytest.raises(RuntimeError, match=message):
         NATIVE["shsa_forward"](make(), None, None, weight, None, 1, 1e-5, 1.0, False, False, False)
+
+
+@each_layout
+@pytest.mark.parametrize("name", ["shsa_backward", "shsa_train_backward"])
+def test_gradients_of_another_shape_or_format_are_refused(name, layout):
+    dy, *rest = ARGUMENTS.of(name, small_case(layout=layout))[0]
+    other = torch.channels_last if layout == "nchw" else torch.contiguous_format
+    for wrong in (dy[:1], torch.cat([dy, dy]), dy.contiguous(memory_format=other)):
+        with pytest.raises(RuntimeError, match="dy must have the shape and memory format of y"):
+            NATIVE[name](wrong, *rest)
 
 
 def test_a_running_mean_without_variance_is_refused():

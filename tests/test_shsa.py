@@ -264,6 +264,26 @@ def test_no_result_depends_on_uninitialised_memory(case, dtype):
     assert_parity(results, expect(shsa_call(case)))
 
 
+# Rounding
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("P", [7, 48])
+@pytest.mark.parametrize("N", [1, 16])
+def test_bfloat16_is_rounded_to_nearest_even(N, P, layout, variant):
+    """All tokens of an image are alike, so that y before it is rounded is known: often a tie."""
+    call = shsa_call(Case(P=P, D=1, N=N, B=9, norm="none", bias=False, relu=False, layout=layout, dtype=torch.bfloat16))
+    x, weight = call.inputs["x"], call.inputs["qkv_weight"]
+    x.copy_(x[:, :, :1, :1].clone())
+    weight.copy_(torch.cat([torch.zeros(2, P), 1.5 * torch.eye(P)]))
+    with native_tier.instruction_set(variant):
+        y = call.run(BACKEND, ())["y"]
+    exact = 1.5 * x[:, :P].float()
+    assert (exact.view(torch.int32) % 2**16 == 2**15).any()
+    assert torch.equal(y[:, :P], exact.bfloat16())
+
+
 # Extremes
 
 

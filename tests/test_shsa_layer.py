@@ -569,6 +569,8 @@ UNFITTING = {
     "group_norm_bias": lambda layer: setattr(layer.pre_norm, "bias", parameter(1)),
     "group_norm_on_meta": lambda layer: setattr(layer, "pre_norm", nn.GroupNorm(1, PDIM, device="meta").double()),
     "inputs_of_convolution": lambda layer: setattr(layer.qkv, "c", nn.Conv2d(9, 18, 1).double()),
+    "stride_of_convolution": lambda layer: setattr(layer.qkv.c, "stride", (2, 2)),
+    "padding_of_convolution": lambda layer: setattr(layer.qkv.c, "padding", (1, 1)),
     "outputs_of_convolution": lambda layer: setattr(layer.qkv, "c", nn.Conv2d(10, 17, 1).double()),
     "fused_convolution": lambda layer: setattr(layer, "qkv", nn.Conv2d(10, 17, 1).double()),
     "weight_of_convolution": lambda layer: setattr(layer.qkv.c, "weight", parameter(17, 10, 1, 1)),
@@ -685,17 +687,22 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "statistics": dict(layer.qkv.bn.named_buffers())}
 
 
-SPLITS = {"three_and_two": 3, "one_and_four": 1, "five_and_none": 5}
+# Images of the first rank, and where those of the second end.
+SPLITS = {"three_and_two": (3, 5), "one_and_four": (1, 5), "five_and_none": (5, 5), "none_and_none": (0, 0)}
 
 
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     x, dy = joint_batch()
-    for name, split in SPLITS.items():
-        mine = slice(0, split) if rank == 0 else slice(split, None)
+    for name, (middle, end) in SPLITS.items():
+        mine = slice(0, middle) if rank == 0 else slice(middle, end)
         torch.save(step(synchronised_layer(), x[mine], dy[mine]), f"{folder}/{name}_{rank}.pt")
         torch.distributed.barrier()
+    layer = synchronised_layer()
+    layer.proj[1].bn.train()
+    torch.save(step(layer, x[rank::2], dy[rank::2]), f"{folder}/last_norm_{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -704,11 +711,12 @@ def ranks_of_each_split(tmp_path_factory) -> dict[str, list]:
     """What both processes computed of each split; starting them is most of the work."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
-    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(2)] for name in SPLITS}
+    names = [*SPLITS, "last_norm"]
+    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(2)] for name in names}
 
 
 @pytest.mark.xdist_group("synchronised_batch_norm")
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [name for name, (_, end) in SPLITS.items() if end])
 def test_synchronised_batch_norm(ranks_of_each_split, split):
     ranks = ranks_of_each_split[split]
     single, _ = pair()
@@ -722,6 +730,24 @@ def test_synchronised_batch_norm(ranks_of_each_split, split):
         assert largest(total - true) <= 1e-9 * max(largest(true), 1.0), name
     for rank in ranks:
         assert_close(rank["statistics"], joined["statistics"])
+
+
+@pytest.mark.xdist_group("synchronised_batch_norm")
+def test_synchronised_batch_norm_before_one_of_the_rank(ranks_of_each_split):
+    """The last norm is each rank's own, and what is synchronised still is."""
+    single, _ = pair()
+    joined = step(single.train(), *joint_batch())
+    for rank in ranks_of_each_split["last_norm"]:
+        assert_close(rank["statistics"], joined["statistics"])
+
+
+@pytest.mark.xdist_group("synchronised_batch_norm")
+def test_synchronised_batch_norm_without_images(ranks_of_each_split):
+    before = synchronised_layer().qkv.bn
+    for rank in ranks_of_each_split["none_and_none"]:
+        assert all(not t.any() for t in rank["gradients"].values())
+        for name in ("running_mean", "running_var"):
+            assert torch.equal(rank["statistics"][name], getattr(before, name)), name
 
 
 def test_synchronised_batch_norm_in_one_process():

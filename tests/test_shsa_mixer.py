@@ -1,5 +1,8 @@
 """``functional.shsa_mixer``: the whole residual layer for inference, against the specification (design section 6)."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,13 @@ def test_specification_is_attention_relu_projection_and_residual(bias, norm, lay
 def test_output_keeps_the_memory_format(backend, layout):
     call = mixer_call(Case(layout=layout))
     assert call.run(backend, ())["y"].stride() == call.inputs["x"].stride()
+
+
+@native_tier.needs_native
+def test_norm_eps():
+    call = mixer_call(Case())
+    call = replace(call, function=partial(call.function, norm_eps=0.5))
+    assert_parity(call.run(BACKEND, ()), expect(call))
 
 
 @native_tier.needs_native

@@ -17,7 +17,7 @@ from .numerics import Call, Results, unit_roundoff
 AXES = {
     "P": (48, 1, 7, 32, 66, 68, 75, 96, 130),
     "D": (16, 1, 8, 24, 64),
-    "N": (49, 1, 16, 64, 196, 257, 1050, 4096),
+    "N": (49, 1, 16, 64, 196, 256, 257, 1050, 4096),
     "beyond": (37, 0),
     "B": (2, 0, 1, 17),
     "dtype": (torch.float32, torch.float64, torch.bfloat16),
@@ -31,7 +31,7 @@ AXES = {
 }
 MOST_LOGITS = 2**25  # B * N^2: what the reference can hold
 
-_SIDES = {1: (1, 1), 16: (4, 4), 49: (7, 7), 64: (8, 8), 196: (14, 14), 257: (257, 1), 1050: (25, 42), 4096: (64, 64)}
+_SIDES = {n * n: (n, n) for n in (1, 4, 7, 8, 14, 16, 64)} | {1050: (25, 42)}
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def train_call(case: Case) -> Call:
     return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
 
 
-def mixer_train_call(case: Case, residual: bool = True) -> Call:
+def mixer_train_call(case: Case, residual: bool = True, epsilons: tuple[float, float, float] = (1e-5,) * 3) -> Call:
     """``mixer_train``, the operator of a whole layer in training, on the tensors of the case; ``bias`` is "affine".
 
     Drawn anew until attention's output keeps away from zero, where rounding would decide about ReLU's gradient.
@@ -269,7 +269,7 @@ def mixer_train_call(case: Case, residual: bool = True) -> Call:
     dout = torch.randn(inputs["x"].shape, generator=source, dtype=torch.float64).to(case.dtype)
 
     def function(x: Tensor, backend: str, **rest) -> Results:
-        settings = (case.D, 1e-5, 1e-5, 1e-5, case.D**-0.5, residual)
+        settings = (case.D, *epsilons, case.D**-0.5, residual)
         out, *statistics = backends.get(backend).mixer_train(x, *rest.values(), *settings)
         return {"out": out} | dict(zip(("mean", "variance", "proj_mean", "proj_variance"), statistics, strict=True))
 
