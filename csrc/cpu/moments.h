@@ -180,11 +180,19 @@ struct MomentsForward {
 
   // Subtracts the mean of the panel's tokens.
   static void centre(const Sizes& s, int64_t tokens, const Scratch& scratch) {
+    using V = Vec<T, VB>;
+    constexpr int64_t kShort = 16;  // tokens: several short sums round less than a long one
     const int64_t ld = padded(s.P);
-    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] = 0;
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] += scratch.tokens[t * ld + p];
-    for (int64_t p = 0; p < s.P; ++p) scratch.mean[p] /= static_cast<T>(tokens);
+    for (int64_t p = 0; p < s.P; p += W) {
+      V sum{};
+      for (int64_t first = 0; first < tokens; first += kShort) {
+        V part{};
+        for (int64_t t = first; t < min64(first + kShort, tokens); ++t)
+          part += load<V>(scratch.tokens + t * ld + p);
+        sum += part;
+      }
+      store(scratch.mean + p, sum / static_cast<T>(tokens));
+    }
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t p = 0; p < s.P; ++p) scratch.tokens[t * ld + p] -= scratch.mean[p];
   }
