@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) fold_rows_kernel(FoldBackwardParams 
   dbias = group_sum(block, dbias, scratch);
   along = group_sum(block, along, scratch + kSlices);
 
-  const float variance = p.bn_var[o], rstd = rsqrtf(variance + p.bn_eps);
+  const float variance = p.bn_var[o], rstd = __frsqrt_rn(variance + p.bn_eps);
   const float factor = parameter<T>(p.bn_weight, o, 1.0f) * rstd;
   const float dfactor = along - p.bn_mean[o] * dbias, dmean = -factor * dbias;
   // The statistics clamp negative rounding noise to zero, where no gradient passes.

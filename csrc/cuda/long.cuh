@@ -107,7 +107,7 @@ __device__ __forceinline__ Statistics merge_statistics(const PartStatistics* par
     const float distance = parts[i].mean - mean;
     squares += parts[i].squares + values(i) * distance * distance;
   }
-  return {mean, rsqrtf(warp_sum(squares) / static_cast<float>(count) + eps)};
+  return {mean, __frsqrt_rn(warp_sum(squares) / static_cast<float>(count) + eps)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ struct Accumulate {
         squares += centred * centred;
       });
       const float variance = group_sum(group, squares, scratch + kWarps) * scale;
-      image_statistics = {image_mean, rsqrtf(variance + p.norm_eps)};
+      image_statistics = {image_mean, __frsqrt_rn(variance + p.norm_eps)};
     } else {
       if (p.norm_weight)
         image_statistics = merge_statistics(statistics + image * statistics_parts(s), s, p.norm_eps);

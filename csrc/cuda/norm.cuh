@@ -44,7 +44,7 @@ __device__ Statistics image_statistics(const Group& group, const T* tile, int ld
     squares += part;
   });
   const float variance = group_sum(group, squares, scratch + blockDim.x / kWarp) * scale;
-  return {mean, rsqrtf(variance + eps)};
+  return {mean, __frsqrt_rn(variance + eps)};
 }
 
 // z = (x - mean) * rstd * weight + bias in place; the padding stays zero. `weight` and `bias` (null: none) are

@@ -48,7 +48,7 @@ __device__ void load_vectors(const ShsaForwardParams& p, const Vectors& v) {
             wide ? parameter<float>(p.bn_mean, channel, 0.0f) : parameter<T>(p.bn_mean, channel, 0.0f);
         const float variance =
             wide ? parameter<float>(p.bn_var, channel, 0.0f) : parameter<T>(p.bn_var, channel, 0.0f);
-        factor = parameter<T>(p.bn_weight, channel, 1.0f) * rsqrtf(variance + p.bn_eps);
+        factor = parameter<T>(p.bn_weight, channel, 1.0f) * __frsqrt_rn(variance + p.bn_eps);
         offset = (offset - mean) * factor + parameter<T>(p.bn_bias, channel, 0.0f);
       }
     }

@@ -170,11 +170,10 @@ using std::isfinite;
 using std::isinf;
 using std::isnan;
 
-inline float rsqrtf(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1 / x; }
-inline float __frsqrt_rn(float x) { return rsqrtf(x); }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1 / std::sqrt(static_cast<double>(x))); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
