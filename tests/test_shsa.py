@@ -253,7 +253,8 @@ def test_relu_keeps_nan_and_its_gradient_at_zero_is_zero():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_result_depends_on_uninitialised_memory(case, dtype):
-    """Fresh memory is filled with NaN, so a padding lane or an unwritten sum would show."""
+    """Fresh tensors are filled with NaN, and under `make sanitize` the kernels' scratch is too: a padding lane or an
+    unwritten sum would show."""
     case = Case(**{**vars(case), "dtype": dtype})
     torch.use_deterministic_algorithms(True)
     try:

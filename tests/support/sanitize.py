@@ -37,7 +37,8 @@ SANITIZERS = {
         "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
         ("asan", "stdc++"),  # exceptions are caught only where the C++ library is there first
         {
-            "ASAN_OPTIONS": "detect_leaks=0",  # PyTorch leaves memory to the end of the process
+            # PyTorch leaves memory to the end of the process. Fresh memory, scratch of kernels too, is full of NaN.
+            "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         },
     ),
