@@ -223,7 +223,7 @@ def reduce_parts(
         P,
         reductions,
         BLOCK=REDUCED,
-        ROWS=32,
+        ROWS=16,
         RELU=rest is not None and rest.relu,
         LAST=dx is not None and channels_last(dx),
         VECTOR=sizes["VECTOR"],
