@@ -31,6 +31,7 @@ SOME_CORNERS = {
     for name, case in CORNERS.items()
     if 16 <= case.N <= 1050 and not case.autocast and case.dtype != torch.bfloat16 and case.relu and case.P < 130
 }
+SOME_CORNERS["longest_short_image"] = Case(N=256)
 
 each_layout = pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 each_residual = pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
