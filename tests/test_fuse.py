@@ -483,11 +483,27 @@ def _pooled(model):
     model.global_pool = timm.layers.SelectAdaptivePool2d(pool_type="max")
 
 
+def _with_more_arguments(model):
+    block = model.stages[1].blocks[0]
+    block.__class__ = _vendored(T.BasicBlock, lambda self, x, gain: gain * self.ffn(self.mixer(self.conv(x))))
+    model.stages[1].blocks.__class__ = type(
+        "Blocks", (nn.Sequential,), {"forward": lambda self, x: self[1](self[0](x, 2))}
+    )
+
+
+def _with_two_results(model):
+    block = model.stages[1].blocks[0]
+    block.__class__ = _vendored(T.BasicBlock, lambda self, x: (self.ffn(self.mixer(self.conv(x))), x))
+    model.stages[1].blocks.__class__ = type(
+        "Blocks", (nn.Sequential,), {"forward": lambda self, x: self[1](self[0](x)[0])}
+    )
+
+
 def _replaced(model):
     model.forward_head = lambda x: x.amax((2, 3))
 
 
-@pytest.mark.parametrize("change", [_untracked, _pooled, _replaced])
+@pytest.mark.parametrize("change", [_untracked, _pooled, _with_more_arguments, _with_two_results, _replaced])
 def test_changed_models_run_as_they_are(change):
     model = small_timm()
     change(model)

@@ -5,6 +5,7 @@ Module names, and with them state-dict keys, are those of timm.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -293,7 +294,7 @@ class SHViT(nn.Module):
     ):
         _check_three(embed_dim=embed_dim, partial_dim=partial_dim, qk_dim=qk_dim, depth=depth, types=types)
         for name, values, least in (("in_chans", [in_chans], 1), ("embed_dim", embed_dim, 1), ("depth", depth, 0)):
-            if not all(isinstance(value, int) and value >= least for value in values):
+            if not all(isinstance(value, Integral) and value >= least for value in values):
                 given = values[0] if name == "in_chans" else values
                 raise ValueError(f"{name} must be at least {least}, got {given!r}")
         if embed_dim[0] < 8 or embed_dim[0] % 8:
@@ -349,7 +350,7 @@ class SHViT(nn.Module):
         }
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if not isinstance(num_classes, int) or num_classes < 0:
+        if not isinstance(num_classes, Integral) or num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes!r}")
         if global_pool not in ("avg", ""):
             raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
