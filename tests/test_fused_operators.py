@@ -393,8 +393,17 @@ def test_packing_is_undone(outputs):
 
 @each_small
 def test_gradients_go_through_the_specification(operation):
-    x = operation.call().inputs["x"].clone().requires_grad_()
-    assert fused.operators(x) is fused.SPECIFICATION
-    with torch.no_grad():
-        assert fused.operators(x) is fused.NATIVE
-    assert fused.operators(x.double()) is fused.SPECIFICATION
+    x, weight = operation.call().inputs["x"], torch.ones(1)
+    assert fused.operators(x, [weight]) is fused.NATIVE
+    assert fused.operators(x.double(), [weight]) is fused.SPECIFICATION
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+        assert fused.operators(x, [weight]) is fused.SPECIFICATION
+        with torch.no_grad():
+            assert fused.operators(x, [weight]) is fused.NATIVE
+        tensor.requires_grad_(False)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        assert fused.operators(x, [weight]) is fused.SPECIFICATION
+    called = []
+    torch.func.vmap(lambda one: called.append(fused.operators(one, [weight])) or one)(x)
+    assert called == [fused.SPECIFICATION]
