@@ -339,11 +339,13 @@ def _residual(module: nn.Module) -> _Plan | None:
 def _squeeze_excite(module: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
     """Both linear layers of a stock squeeze-and-excitation."""
     stock = {"fc1": "Conv2d", "bn": "Identity", "act": "ReLU", "fc2": "Conv2d", "gate": "Sigmoid"}
-    if not any(
-        _has(module, name, *names) for name in ("SqueezeExcite", "SEModule") for names in (stock, ("fc1", "fc2"))
+    children = module._modules
+    if not (_is(module, "SqueezeExcite") or _is(module, "SEModule")) or set(children) not in (
+        {"fc1", "fc2"},
+        set(stock),
     ):
         return None
-    if any(stock[name] != type(child).__name__ or not is_plain(child) for name, child in module._modules.items()):
+    if any(stock[name] != type(child).__name__ or not is_plain(child) for name, child in children.items()):
         return None
     return None if getattr(module, "add_maxpool", False) else [_conv(module.fc1, 1), _conv(module.fc2, 1)]
 
@@ -495,16 +497,21 @@ def _compute_the_same(module: nn.Module, layers: FusedLayers) -> bool:
         return _gives(module, x, sequence(x, [weights], layers.code, layers.constants))
 
 
+def _fused(module: nn.Module) -> FusedLayers | None:
+    """The layers that a module is, if there are any and they compute what it does."""
+    plan = _plan(module)
+    if not (plan and plan.code) or len({(w.dtype, w.device) for w in plan.weights}) != 1:
+        return None
+    layers = FusedLayers(plan.code, plan.constants, flatten(plan.weights))
+    return layers if _compute_the_same(module, layers) else None
+
+
 def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """What takes the place of a module: itself, its children replaced, where its own forward stays."""
     if id(module) in done:
         return done[id(module)]
-    plan, layers = _plan(module), None
-    if plan and plan.code and len({(w.dtype, w.device) for w in plan.weights}) == 1:
-        layers = FusedLayers(plan.code, plan.constants, flatten(plan.weights))
-    if layers is not None and _compute_the_same(module, layers):
-        replacement = layers
-    else:
+    replacement = _fused(module)
+    if replacement is None:
         replacement = module
         for name in list(module._modules):
             if module._modules[name] is not None:

@@ -246,6 +246,13 @@ def _check_three(**arguments: Sequence) -> None:
             raise ValueError(f"{name} must hold one value for each of the 3 stages, got {value!r}")
 
 
+def _check_least(least: int, **arguments: int | Sequence[int]) -> None:
+    for name, given in arguments.items():
+        values = given if isinstance(given, Sequence) else [given]
+        if not all(isinstance(value, Integral) and value >= least for value in values):
+            raise ValueError(f"{name} must be at least {least}, got {given!r}")
+
+
 class SHViT(nn.Module):
     """Single-head vision transformer: a stem of stride 16, three stages at strides 16, 32 and 64, and a head.
 
@@ -293,10 +300,8 @@ class SHViT(nn.Module):
         dtype=None,
     ):
         _check_three(embed_dim=embed_dim, partial_dim=partial_dim, qk_dim=qk_dim, depth=depth, types=types)
-        for name, values, least in (("in_chans", [in_chans], 1), ("embed_dim", embed_dim, 1), ("depth", depth, 0)):
-            if not all(isinstance(value, Integral) and value >= least for value in values):
-                given = values[0] if name == "in_chans" else values
-                raise ValueError(f"{name} must be at least {least}, got {given!r}")
+        _check_least(1, in_chans=in_chans, embed_dim=embed_dim)
+        _check_least(0, depth=depth)
         if embed_dim[0] < 8 or embed_dim[0] % 8:
             raise ValueError(f"embed_dim[0] must be a multiple of 8 for the stem, got {embed_dim[0]}")
         if not set(types) <= {"s", "i"}:
@@ -350,8 +355,7 @@ class SHViT(nn.Module):
         }
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
-        if not isinstance(num_classes, Integral) or num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes!r}")
+        _check_least(0, num_classes=num_classes)
         if global_pool not in ("avg", ""):
             raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
         if num_classes and not global_pool:

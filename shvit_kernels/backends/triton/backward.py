@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
-from .common import channels_last, dot, launched, on_device_of, padded, parameters, precision, row_maximum, split
+from .common import channels_last, dot, launched, on_device_of, padded, precision, row_maximum, split
+from .forward import check
 from .norm_backward import (
     InputGradient,
     Rest,
@@ -611,25 +612,25 @@ def gradients(
     N = H * W
     P = weight.shape[1]
     O = 2 * settings.qk_dim + P
-    *norm, weight, bias = parameters(
-        norm_weight=(norm[0], P), norm_bias=(norm[1], P), weight=(weight, O * P), bias=(bias, O)
+    of_batch = (None,) * 4 if batch_norm is None else batch_norm[:4]
+    *norm, weight, bias, bn_weight, bn_bias, bn_mean, bn_var = check(
+        saved.x1, *norm, weight, bias, *of_batch, settings.qk_dim
     )
     last = (bias,)
     if batch_norm is not None:
-        given = {f"bn_{name}": (t, O) for name, t in batch_norm._asdict().items() if name != "eps"}
-        batch_norm = BatchNorm(*parameters(**given), batch_norm.eps)
-        last = (batch_norm.weight, batch_norm.bias)
+        batch_norm = BatchNorm(bn_weight, bn_bias, bn_mean, bn_var, batch_norm.eps)
+        last = (bn_weight, bn_bias)
     dx = torch.empty_like(dy, memory_format=ops.memory_format(saved.y)) if needs[0] else None
-    dparameters = [
+    parameters = [
         torch.empty_like(t) if need and t is not None else None
         for need, t in zip(needs[1:], (*norm, weight, *last), strict=True)
     ]
-    dnorm_weight, dnorm_bias, dweight, *dlast = dparameters
+    dnorm_weight, dnorm_bias, dweight, *dlast = parameters
     if B == 0:
-        for t in dparameters:
+        for t in parameters:
             if t is not None:
                 t.zero_()
-    elif dx is not None or any(t is not None for t in dparameters):
+    elif dx is not None or any(t is not None for t in parameters):
         if norm[0] is None:
             saved = saved._replace(mean=None, rstd=None)
         x1 = saved.x1
@@ -672,7 +673,7 @@ def gradients(
             rest = None if dx is None else Rest(dy, saved.y, dx, P, settings.relu)
             sums = attention.sums
             reduce_parts(plan.dnorm_parts, dnorm_weight, dnorm_bias, dweight_parts, dweight, sums, dbias, rest)
-    return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *dparameters))
+    return tuple(t if t is not None else dy.new_empty(0) for t in (dx, *parameters))
 
 
 def _means(
