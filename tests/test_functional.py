@@ -388,20 +388,14 @@ def test_eager_runs_what_no_kernel_runs():
 
 
 def test_torch_compile_takes_the_settings_of_tf32(monkeypatch):
-    """As it would for a float32 tensor on a GPU; by default convolutions may use TF32, matrix products not."""
+    """As it would for a float32 tensor on a GPU."""
     monkeypatch.setattr(functional, "tf32", lambda x: functional._tf32_settings())
     seen = []
     monkeypatch.setattr(eager, "shsa", lambda x, *rest: seen.append(rest[-2:]) or x)
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        compiled = torch.compile(
-            lambda **kw: shvit_kernels.shsa(**kw, backend="eager"), fullgraph=True, backend="eager"
-        )
+    compiled = torch.compile(lambda **kw: shvit_kernels.shsa(**kw, backend="eager"), fullgraph=True, backend="eager")
+    with tf32(False, True):
         compiled(**arguments())
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert seen == [(torch.backends.cudnn.conv.fp32_precision == "tf32", True)]
+    assert seen == [(False, True)]
 
 
 def test_meta_tensors():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from shvit_kernels import functional
 from tests.support import native as native_tier
-from tests.support.cases import CORNERS, Case, covering_set, mixer_call, named
+from tests.support.cases import CORNERS, STRIDES, Case, covering_set, mixer_call, named
 from tests.support.numerics import assert_parity, expect
 
 BACKEND = "cpu"
@@ -30,16 +30,9 @@ def test_parity(case):
         assert_parity(call.run(BACKEND, ()), expected)
 
 
-STRANGE_STRIDES = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
-    "every_second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "expanded": lambda t: t[:1].expand(t.shape),
-}
-
-
 @native_tier.needs_native
 @each_dtype
-@pytest.mark.parametrize("change", STRANGE_STRIDES.values(), ids=STRANGE_STRIDES.keys())
+@pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES.keys())
 def test_strange_strides_of_parameters(change, dtype):
     call = mixer_call(Case(dtype=dtype)).map(lambda k, t: t if k in ("x", "y") else change(t))
     for needs in ((), None):

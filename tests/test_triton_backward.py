@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from shvit_kernels.backends import triton
-from tests.support import exact
-from tests.support.cases import Case, moments_call, named, shsa_call, train_call
+from tests.support import exact, triton_tier
+from tests.support.cases import STRIDES, Case, moments_call, named, shsa_call, train_call
 from tests.support.numerics import (
     Call,
     Results,
@@ -278,10 +278,7 @@ def test_training_computes_what_is_asked_for(case):
         assert_parity(results, expected)
 
 
-@pytest.mark.parametrize(
-    "dtype, parameters",
-    [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)],
-)
+@pytest.mark.parametrize("dtype, parameters", triton_tier.MIXED)
 def test_training_with_parameters_of_another_type(dtype, parameters):
     case = Case(P=20, D=8, N=16, dtype=dtype)
     check_training(train_call(case).map(lambda k, t: t if k in ("x", "y") else t.to(parameters)), case)
@@ -321,13 +318,6 @@ def test_non_finite_values_reach_the_whole_batch():
 
 
 # All
-
-
-STRIDES = {
-    "transposed": lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
-    "sliced": lambda t: torch.stack([t, t + 1], -1)[..., 0],
-    "expanded": lambda t: t[:1].expand(t.shape),
-}
 
 
 @pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES.keys())

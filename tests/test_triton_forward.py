@@ -17,6 +17,7 @@ import torch
 
 from shvit_kernels import backends, functional
 from shvit_kernels.backends import triton
+from tests.support import triton_tier
 from tests.support.cases import Case, eval_call, named, shsa_call
 from tests.support.numerics import (
     Call,
@@ -339,12 +340,9 @@ def mixer_of_backend(case: Case) -> Call:
     return replace(mixer_call(case), function=function)
 
 
-MIXED = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
-
-
 @pytest.mark.parametrize("make", [eval_call, mixer_of_backend])
 @pytest.mark.parametrize("N", [16, 90])
-@pytest.mark.parametrize("dtype, parameters", MIXED)
+@pytest.mark.parametrize("dtype, parameters", triton_tier.MIXED)
 def test_parameters_of_another_type(dtype, parameters, N, make, staged_early):
     check(mixed(make, Case(P=20, D=8, N=N, beyond=17, dtype=dtype), parameters))
 

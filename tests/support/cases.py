@@ -29,6 +29,12 @@ AXES = {
     "relu": (True, False),
     "autocast": (False, True),
 }
+STRIDES = {
+    "transposed": lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+    "sliced": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+"""A parameter in memory as kernels do not read it."""
 MOST_LOGITS = 2**25  # B * N^2: what the reference can hold
 
 _SIDES = {n * n: (n, n) for n in (1, 4, 7, 8, 14, 16, 64)} | {1050: (25, 42)}

@@ -43,8 +43,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 B, QK_DIM, EPS = 256, 16, 1e-5
-MIXED = ((torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16))
-"""Types of x and of the parameters."""
 STAGES = ((224, 48, 7), (320, 68, 4), (308, 66, 7), (448, 96, 4), (352, 75, 7), (336, 72, 8))
 
 
@@ -274,7 +272,7 @@ def parsed_cases() -> Iterator[Case]:
     for *image, dtype in ((8, 8, torch.float16), (25, 42, torch.float16), (8, 8, torch.float32)):
         for asked in ((0,), (1,), (2,), (3,), (4,), (0, 2, 4), (1, 3, 5)):
             yield Case(336, 72, *image, dtype, asked=asked, operators=backwards, last_stage="ttir")
-    for dtype, parameters in MIXED:
+    for dtype, parameters in triton_tier.MIXED:
         for sides in ((8, 8), (25, 42)):
             yield Case(336, 72, *sides, dtype, parameters=parameters, last_stage="ttir")
 

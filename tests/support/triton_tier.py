@@ -3,9 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
+
 PROPERTY = "triton_builds"
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """KiB of shared memory that a block can have on each device that is built for."""
+MIXED = ((torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16))
+"""Types of x and of the parameters, where autocast has them differ."""
 
 
 def lines(results: Iterable[tuple[str, list[dict]]]) -> list[str]:
