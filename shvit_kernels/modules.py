@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends, functional
+from .backends import operators
 
 
 class GroupNorm1(nn.GroupNorm):
@@ -137,6 +138,25 @@ def _by_batch(bn: nn.Module) -> bool:
     return bn.training or bn._buffers["running_mean"] is None
 
 
+def _statistics(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
+    """Weight, bias, running mean and variance of a batch normalisation; four times None without one."""
+    if bn is None:
+        return None, None, None, None
+    return *_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"]
+
+
+def _are_trained(conv: nn.Conv2d, bn: nn.Module | None, proj: nn.Conv2d, proj_bn: nn.Module | None) -> bool:
+    """Whether ``mixer_train`` computes both projections: by the statistics of the batch, on this process alone."""
+    if bn is None or not _by_batch(bn) or type(proj_bn) is not nn.BatchNorm2d or not _by_batch(proj_bn):
+        return False
+    return _weight_and_bias(conv)[1] is None and _weight_and_bias(proj)[1] is None and not _merges_ranks(bn)
+
+
+def _are_evaluated(bn: nn.Module | None, proj_bn: nn.Module | None) -> bool:
+    """Whether ``mixer_eval`` computes both projections: by running statistics, if any."""
+    return (bn is None or not _by_batch(bn)) and (proj_bn is None or not _by_batch(proj_bn))
+
+
 def _merges_ranks(bn: nn.Module) -> bool:
     """Whether ``bn`` takes its batch statistics over several processes."""
     if not (type(bn) is nn.SyncBatchNorm and bn.training and dist.is_available() and dist.is_initialized()):
@@ -181,11 +201,11 @@ class SHSA(nn.Module):
 
     The batch normalisation of ``qkv`` is folded into its weights at each call, from the running statistics in
     evaluation and from the moments of the projection's input in training; ranks are merged under
-    ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, a training step runs the whole layer by one operator,
-    which keeps the input and the projection's output for the backward: ``x = x + layer(x)``, not ``x += layer(x)``. The
-    submodules are read at each call, so they may be fused, converted or replaced at any time. Where they are more than
-    the stock ones (another normalisation, hooks, parametrisations, a learnable ``scale``), the layer calls them one by
-    one instead.
+    ``torch.nn.SyncBatchNorm``. On CPUs, in float32 and float64, one operator runs the whole layer in training, and in
+    evaluation without gradients. In training it keeps the input and the projection's output for the backward:
+    ``x = x + layer(x)``, not ``x += layer(x)``. The submodules are read at each call, so they may be fused, converted
+    or replaced at any time. Where they are more than the stock ones (another normalisation, hooks, parametrisations, a
+    learnable ``scale``), the layer calls them one by one instead.
 
     Args:
         dim: channels C of input and output.
@@ -247,9 +267,13 @@ class SHSA(nn.Module):
         elif rest is None:
             y = self.proj(self._attend(x, *projection, relu=False))
         else:
-            trained = self._trained_as_one(x, *projection, rest)
-            if trained is not None:
-                return self._train(x, *projection, *trained, residual)
+            last = self._last_projection(x, rest)
+            if last is not None and _are_trained(*projection, *last):
+                return self._train(x, *projection, *last, residual)
+            if last is not None and _are_evaluated(projection[1], last[1]):
+                y = self._evaluate(x, *projection, *last, residual)
+                if y is not None:
+                    return y
             y = self._attend(x, *projection, relu=True)
             for module in rest:
                 y = module(y)
@@ -264,20 +288,15 @@ class SHSA(nn.Module):
                 return rest
         return None
 
-    def _trained_as_one(
-        self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, rest: list[nn.Module]
-    ) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-        """The last convolution and norm where one operator runs the layer: on CPUs, both norms by batch statistics."""
-        if not x.is_cpu or x.dtype not in backends.cpu.MIXER_TRAIN_DTYPES:
-            return None
-        if bn is None or not _by_batch(bn) or _weight_and_bias(conv)[1] is not None or len(rest) != 1:
+    def _last_projection(self, x: Tensor, rest: list[nn.Module]) -> tuple[nn.Conv2d, nn.Module | None] | None:
+        """The last convolution and norm where one operator can run them too: on CPUs, and of the type of ``x``."""
+        if not x.is_cpu or x.dtype not in backends.cpu.MIXER_DTYPES or len(rest) != 1:
             return None
         last = _pointwise_and_norm(rest[0])
-        if last is None or type(last[1]) is not nn.BatchNorm2d or not _by_batch(last[1]):
+        if last is None or functional.is_autocast(x):
             return None
-        weight, bias = _weight_and_bias(last[0])
-        fits = weight.shape == (self.dim, self.dim, 1, 1) and weight.dtype == x.dtype and weight.device == x.device
-        if bias is not None or not fits or functional.is_autocast(x) or _merges_ranks(bn):
+        weight = _weight_and_bias(last[0])[0]
+        if weight.shape != (self.dim, self.dim, 1, 1) or weight.dtype != x.dtype or weight.device != x.device:
             return None
         return last if backends.choose(x, None, self.pdim, self.qk_dim) is backends.cpu else None
 
@@ -304,6 +323,25 @@ class SHSA(nn.Module):
         settings = (self.qk_dim, *epsilons, self.scale, residual)
         y, *_ = backends.cpu.mixer_train(x, *attention, *projection, *settings, measured=track)
         return y
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        bn: nn.Module | None,
+        proj: nn.Conv2d,
+        proj_bn: nn.Module | None,
+        residual: bool,
+    ) -> Tensor | None:
+        """The same by running statistics; None where gradients may be asked for, which cost less module by module."""
+        norm = self.pre_norm
+        projections = (*_weight_and_bias(conv), *_statistics(bn), *_weight_and_bias(proj), *_statistics(proj_bn))
+        epsilons = (norm.eps, *(0.0 if b is None else b.eps for b in (bn, proj_bn)))
+        settings = (self.qk_dim, *epsilons, self.scale, residual)
+        parameters = (*_weight_and_bias(norm), *projections)
+        if operators.tracks_gradients(x, *parameters):
+            return None
+        return backends.cpu.mixer_eval(x, *parameters, *settings)
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
@@ -355,12 +393,9 @@ class SHSA(nn.Module):
             )
             _track(backend, bn, x.shape[0] * x.shape[2] * x.shape[3], x.shape, mean, variance)
             return y
-        statistics = (None, None, None, None, 0.0)
-        if bn is not None:
-            statistics = (*_weight_and_bias(bn), bn.running_mean, bn.running_var, bn.eps)
-        *statistics, bn_eps = statistics
+        bn_eps = 0.0 if bn is None else bn.eps
         return backend.shsa_eval(
-            x, norm_weight, norm_bias, weight, bias, *statistics, self.qk_dim, norm.eps, bn_eps, *settings
+            x, norm_weight, norm_bias, weight, bias, *_statistics(bn), self.qk_dim, norm.eps, bn_eps, *settings
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):

@@ -10,7 +10,8 @@ X there are
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
     update_running_statistics_X                             of a batch normalisation, in place
 
-the residual attention layer in training, for the CPU alone: mixer_train_forward, mixer_train_backward; and the
+the whole attention layer from its plain parameters, for the CPU alone: mixer_train_forward and mixer_train_backward in
+training, mixer_eval in evaluation, where running statistics (if any) are folded into both projections; and the
 operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
 fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images (a sequence NCHW ones and
 rows too) and packed weights (a sequence those of all layers, flattened), in float32; ``backends.fused`` says what each
@@ -43,6 +44,13 @@ _BATCH_NORM = "Tensor weight, Tensor? bn_weight, Tensor? bn_bias"
 _TRAIN = f"{_NORM}, {_BATCH_NORM}, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}"
 _TRAIN_SAVED = f"Tensor x1, {_SHSA_SAVED}, Tensor z_mean, Tensor z_cov, Tensor batch_mean, Tensor batch_var"
 
+
+def _evaluated(prefix: str) -> str:
+    """A projection and the running statistics behind it."""
+    names = ("bias", "bn_weight", "bn_bias", "bn_mean", "bn_var")
+    return f"Tensor {prefix}weight, " + ", ".join(f"Tensor? {prefix}{name}" for name in names)
+
+
 _SCHEMAS = (
     f"shsa_forward_X(Tensor x, {_SHSA}) -> (Tensor y, {_SHSA_SAVED})",
     f"shsa_backward_X(Tensor dy, Tensor x1, Tensor y, {_SHSA_SAVED}, {_SHSA}, bool[] needs)"
@@ -53,8 +61,8 @@ _SCHEMAS = (
     f"shsa_train_forward_X(Tensor x, {_TRAIN}) -> (Tensor y, {_TRAIN_SAVED})",
     f"shsa_train_backward_X(Tensor dy, Tensor y, {_TRAIN_SAVED}, {_TRAIN}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"shsa_eval_X(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
-    f"Tensor? bn_mean, Tensor? bn_var, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS}) -> Tensor",
+    f"shsa_eval_X(Tensor x, {_NORM}, {_evaluated('')}, int qk_dim, float norm_eps, float bn_eps, {_SETTINGS})"
+    " -> Tensor",
     f"shsa_mixer_X(Tensor x, {_NORM}, {_QKV}, Tensor proj_weight, Tensor? proj_bias, int qk_dim, float norm_eps, "
     "float scale, bool tf32_proj, bool tf32_attn) -> Tensor",
     "update_running_statistics_X(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, "
@@ -73,6 +81,11 @@ _MIXER_TRAIN_SCHEMAS = (
     f"mixer_train_forward(Tensor x, {_MIXER_TRAIN}) -> (Tensor out, {_MIXER_TRAIN_SAVED})",
     f"mixer_train_backward(Tensor dout, Tensor x, {_MIXER_TRAIN_SAVED}, {_MIXER_TRAIN}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+_MIXER_EVAL_SCHEMA = (
+    f"mixer_eval(Tensor x, {_NORM}, {_evaluated('')}, {_evaluated('proj_')}, int qk_dim, float norm_eps, "
+    "float bn_eps, float proj_bn_eps, float scale, bool residual) -> Tensor"
 )
 
 _FUSED_SCHEMAS = (
@@ -346,11 +359,15 @@ def define(family: str) -> None:
 for _family in ("native", "triton"):
     define(_family)
 
-_MIXER_TRAIN_FAKES = {"mixer_train_forward": _fake_mixer_train, "mixer_train_backward": _fake_mixer_train_backward}
+_MIXER_FAKES = {
+    "mixer_train_forward": _fake_mixer_train,
+    "mixer_train_backward": _fake_mixer_train_backward,
+    "mixer_eval": _fake_image,
+}
 
-for _schema in _MIXER_TRAIN_SCHEMAS + _FUSED_SCHEMAS:
+for _schema in (*_MIXER_TRAIN_SCHEMAS, _MIXER_EVAL_SCHEMA, *_FUSED_SCHEMAS):
     _library.define(_schema)
-for _name, _fake in (_MIXER_TRAIN_FAKES | _FUSED_FAKES).items():
+for _name, _fake in (_MIXER_FAKES | _FUSED_FAKES).items():
     torch.library.register_fake(f"shvit_kernels::{_name}", _on_one_device(_fake), lib=_library)
 
 

@@ -1,13 +1,14 @@
 """Random shapes, strides and types through every operator of the CPU, in a bounded number of draws."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests import test_fused_operators as fused_operators
 from tests.support import native as native_tier
-from tests.support.cases import Case, shsa_call
+from tests.support.cases import BATCH_NORMS, Case, mixer_eval_call, shsa_call
 from tests.support.numerics import assert_parity, expect
 
 pytestmark = native_tier.needs_native
@@ -58,6 +59,16 @@ def test_shsa(seed):
     call = shsa_call(shsa(draw))
     with native_tier.instruction_set(draw.choice(native_tier.runnable_variants())):
         assert_parity(call.run("cpu"), expect(call))
+
+
+@pytest.mark.parametrize("seed", range(DRAWS))
+def test_mixer_eval(seed):
+    draw = random.Random(seed)
+    dtype = draw.choice([torch.float32, torch.float64])
+    norms = [draw.choice(BATCH_NORMS) for _ in range(2)]
+    call = mixer_eval_call(replace(shsa(draw), dtype=dtype), *norms, residual=draw.random() < 0.5)
+    with native_tier.instruction_set(draw.choice(native_tier.runnable_variants())):
+        assert_parity(call.run("cpu", ()), expect(call))
 
 
 @pytest.mark.parametrize("seed", range(3 * DRAWS))

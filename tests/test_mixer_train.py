@@ -13,6 +13,7 @@ from tests.support import exact
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, mixer_train_call, named
 from tests.support.numerics import Call, assert_parity, expect
+from tests.support.operators import operators_called
 
 pytestmark = native_tier.needs_native
 
@@ -281,12 +282,6 @@ def test_bfloat16_is_shsa_and_the_projection_of_pytorch(layout):
 
 
 # The layer
-
-
-def operators_called(layer: torch.nn.Module, x: torch.Tensor) -> set[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        layer(x)
-    return {event.name for event in profile.events() if event.name.startswith("shvit_kernels::")}
 
 
 CHANGES = {

@@ -21,7 +21,7 @@ pytestmark = native_tier.needs_native
 
 BACKEND = "cpu"
 NATIVE = {name: operator for name, operator in ops.FAMILIES["native"].items() if name != "shsa_mixer"}
-"""The operators with kernels for CPUs: the projection of ``shsa_mixer`` is PyTorch's there."""
+"""The operators with kernels for CPUs: ``mixer_eval`` is what computes ``shsa_mixer`` there."""
 LAYOUTS = ("nchw", "channels_last")
 # Norm and biases present or absent, as the operators take them.
 OPTIONS = {

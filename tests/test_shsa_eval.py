@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from tests.support import native as native_tier
-from tests.support.cases import CORNERS, Case, covering_set, eval_call, named
+from tests.support.cases import BATCH_NORMS, CORNERS, Case, covering_set, eval_call, named
 from tests.support.numerics import assert_parity, expect
 
 pytestmark = native_tier.needs_native
 
 BACKEND = "cpu"
-BATCH_NORMS = ("affine", "not_affine", "none")
 PLAIN = {"autocast": (False,), "needs": ("all",)}  # autocast folds before the operator
 COVER = named(covering_set(**PLAIN))
 SMALL_COVER = named(covering_set(**PLAIN, N=(1, 16, 49, 257), B=(0, 1, 2), strides=("dense",)))

@@ -1,8 +1,8 @@
 // What the operators (ops.cpp) and the kernels share: plain structs and function pointers, no PyTorch.
 //
 // A kernel is a sequence of phases; a phase is a number of independent tasks. How the work is cut depends on
-// the sizes (the rows of a stem, no two of which share a sum, also on the number of threads), and every sum has
-// a fixed order, so results do not depend on the number of threads.
+// the sizes (the rows of a stem and the channels of mixer_eval, no two of which share a sum, also on the number
+// of threads), and every sum has a fixed order, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -99,12 +99,22 @@ struct MomentsBackwardParams {
   void* workspace;
 };
 
-// Running statistics of a batch normalisation folded into the projection before it.
+// Running statistics of a batch normalisation folded into the projection before it; none where `mean` is null.
 struct FoldParams {
   int64_t O, P;
   double eps;
   const void *weight, *bias, *bn_weight, *bn_bias, *mean, *variance;  // [O, P], the others [O]; null if absent
-  void *qkv_weight, *qkv_bias;
+  void *folded_weight, *folded_bias;
+  void* workspace;
+};
+
+// The residual attention layer in evaluation.
+struct MixerEvalParams {
+  ShsaForwardParams attention;  // with ReLU; qkv_weight, qkv_bias, y, y_row and workspace are ours
+  bool residual;
+  FoldParams qkv, projection;  // [O, P], [C, C]; what is folded is ours
+  void* out;                   // image
+  int64_t threads;             // for which channels are cut
   void* workspace;
 };
 
@@ -194,16 +204,17 @@ struct FusedKernels {
   Kernel<RowsParams> rows;
 };
 
-struct MixerTrainKernels {
-  Kernel<MixerTrainForwardParams> forward;
-  Kernel<MixerTrainBackwardParams> backward;
+struct MixerKernels {
+  Kernel<MixerTrainForwardParams> train_forward;
+  Kernel<MixerTrainBackwardParams> train_backward;
+  Kernel<MixerEvalParams> eval;
 };
 
 // The kernels compiled for one instruction set, for each storage type; those of fused models in float32.
 struct Variant {
   const char* name;
   Kernels float32, float64, bfloat16;
-  MixerTrainKernels mixer_train_float32, mixer_train_float64;
+  MixerKernels mixer_float32, mixer_float64;
   FusedKernels fused;
   double (*fma_flops)(int64_t repeats);  // runs fused multiply-adds in registers, returns how many operations
 };

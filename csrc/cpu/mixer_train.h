@@ -11,61 +11,10 @@
 // backward makes y once more.
 #pragma once
 
-#include "linear.h"
+#include "row_blocks.h"
 #include "shsa_backward.h"
-#include "shsa_forward.h"
 
 namespace {
-
-// Blocks of the tokens of all images, one after another. Each has partial sums of its own. Rows of channels
-// stay in the second-level cache; tokens side by side fill whole vectors better when there are more of them.
-struct RowBlocks {
-  static constexpr int64_t kFewestRows = 64;
-  int64_t N, tokens, most_rows, count;  // tokens of an image, of all; rows of a block, but for the last; blocks
-
-  RowBlocks(const Sizes& s, bool channels_last) : N(s.N), tokens(s.B * s.N) {
-    const int64_t most = channels_last ? 128 : 256, enough = channels_last ? 8 : 4;  // for some threads
-    most_rows = round_up(max64(kFewestRows, min64(most, ceil_div(tokens, enough))), 2 * kPanel);
-    count = ceil_div(tokens, most_rows);
-  }
-  int64_t first_row(int64_t block) const { return block * most_rows; }
-  int64_t rows(int64_t block) const { return min64(most_rows, tokens - first_row(block)); }
-
-  // What a block has of an image: n tokens from `token` on, from its row `row` on.
-  struct Piece {
-    int64_t image, token, n, row;
-  };
-  template <class F>
-  SHVIT_INLINE void pieces(int64_t block, F f) const {
-    const int64_t first = first_row(block), end = first + rows(block);
-    for (int64_t at = first; at < end;) {
-      const int64_t token = at % N, n = min64(N - token, end - at);
-      f(Piece{at / N, token, n, at - first});
-      at += n;
-    }
-  }
-};
-
-// Rows an odd number of cache lines apart, so that columns do not share cache sets.
-template <class T>
-SHVIT_INLINE int64_t row_distance(int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return (ceil_div(columns, kLine) | 1) * kLine;
-}
-
-// Into rows, of which only `columns` are there.
-template <class T>
-SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
-  return {nullptr, nullptr, rows, columns, ld, false};
-}
-
-// Rows [M, C] times packed [C, N].
-template <class T, int VB>
-__attribute__((noinline)) void product_of_rows(int64_t M, int64_t N, int64_t C, const T* rows, int64_t ld,
-                                               const T* packed, LinearFinish<T> finish) {
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, 0, N,
-                                          finish);
-}
 
 // Packed tokens as the left factor: a row for each channel, a column for each token.
 template <class T>
@@ -98,24 +47,6 @@ struct SumFinish {
   }
 };
 
-// A, M rows, times rows [K, columns], which are read where they are, up to a whole vector.
-template <class T, int VB, class A, class Finish>
-__attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, A a, const T* rows, int64_t ld,
-                                                  Finish finish) {
-  constexpr int64_t W = kLanes<T, VB>;
-  constexpr int MR = kTileRows<VB, true>;
-  int64_t n = 0;
-  for (; columns - n > W; n += 2 * W)
-    gemm_column<T, VB, 2, MR>(M, a, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
-  if (n < columns) gemm_column<T, VB, 1, MR>(M, a, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
-}
-
-// From one channel to the next, in a block of tokens side by side.
-template <class T, int VB>
-SHVIT_INLINE int64_t block_distance(const Sizes& s) {
-  return row_distance<T>(RowBlocks(s, false).most_rows);
-}
-
 // Packs the tokens of a block: make(piece, channel, row) writes those of a piece to a row. `rows` has room for
 // some rows of a block, C at most.
 template <class T, class F>
@@ -130,26 +61,6 @@ SHVIT_INLINE void pack_tokens(const RowBlocks& blocks, int64_t block, int64_t C,
     for (int64_t t = 0; t < tokens; t += kPanel)
       for (int64_t c = first; c < end; ++c)
         __builtin_memcpy(packed + t * C + c * kPanel, rows + (c - first) * ld + t, kPanel * sizeof(T));
-  }
-}
-
-// Panel `panel` of packed B[C, C] = W^T, or W itself.
-template <class T>
-SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_t panel, T* packed) {
-  const int64_t first = panel * kPanel, n = min64(kPanel, C - first);
-  T* to = packed + first * C;
-  if (n < kPanel)
-    for (int64_t i = 0; i < C * kPanel; ++i) to[i] = 0;
-  if (transposed) {
-    transpose(weight + first * C, C, n, C, to, kPanel);
-  } else {
-    for (int64_t k = 0; k < C; ++k) {
-      if (n == kPanel) {
-        __builtin_memcpy(to + k * kPanel, weight + k * C + first, kPanel * sizeof(T));
-      } else {
-        for (int64_t i = 0; i < n; ++i) to[k * kPanel + i] = weight[k * C + first + i];
-      }
-    }
   }
 }
 
@@ -246,23 +157,6 @@ __attribute__((noinline)) void measure_rows(const ChannelMoments& moments, int64
   }
 }
 
-// ReLU of channels of an image, in rows.
-template <int VB, class T>
-SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T* rows, int64_t ld) {
-  constexpr int64_t kChannels = 4 * kPanel;  // at a time, while the next ones come from memory
-  if (x.token_stride == 1)
-    for (int64_t c = 0; c < channels; c += kChannels) {
-      const T* planes = x.data + c * x.channel_stride;
-      const int64_t count = min64(kChannels, channels - c), next = min64(kChannels, channels - c - count);
-      for (int64_t i = 0; i < next; ++i) prefetch(planes + (count + i) * x.channel_stride, n);
-      transpose(planes, x.channel_stride, count, n, rows + c, ld);
-    }
-  for (int64_t t = 0; t < n; ++t) {
-    T* row = rows + t * ld;
-    map_row<VB>(x.token_stride == 1 ? row : x.data + t * x.token_stride, row, channels, Relu{});
-  }
-}
-
 template <class T, int VB>
 struct MixerTrainForward {
   using Params = shvit::MixerTrainForwardParams;
@@ -344,14 +238,10 @@ struct MixerTrainForward {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
     const int64_t first = blocks.first_row(task), rows = blocks.rows(task);
-    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
-      rest_rows<VB>(Attention::x(a.attention, piece.image).at(s.P, piece.token), s.C - s.P, piece.n,
-                    scratch.y + piece.row * ld(a) + s.P, ld(a));
-    });
-    for (int64_t t = 0; t < rows; ++t)
-      map_row<VB>(workspace.attended + (first + t) * s.P, scratch.y + t * ld(a), s.P, Identity{});
+    gather_rows<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, ld(a));
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(rows, s.C, s.C, scratch.y, ld(a), workspace.packed, into_rows(projected, s.C, s.C));
+    product_of_rows<T, VB>(rows, 0, s.C, s.C, scratch.y, ld(a), workspace.packed,
+                           into_rows(projected, s.C, s.C));
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
@@ -360,12 +250,7 @@ struct MixerTrainForward {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(task), distance = block_distance<T, VB>(s);
-    transpose(workspace.attended + blocks.first_row(task) * s.P, s.P, tokens, s.P, scratch.y, distance);
-    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
-      const auto x = Attention::x(a.attention, piece.image).at(0, piece.token);
-      for (int64_t c = s.P; c < s.C; ++c)
-        map_row<VB>(x.data + c * s.N, scratch.y + c * distance + piece.row, piece.n, Relu{});
-    });
+    gather_channels<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, distance);
     product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
                               scratch.y, distance, into_rows(scratch.p, tokens, distance));
     measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
@@ -678,10 +563,11 @@ struct MixerTrainBackward {
     if (!needs_attention(a)) return;
     T* dattended = workspace.dattended + first * s.P;
     if (by_channel) {
-      product_of_rows<T, VB>(s.C, tokens, s.C, workspace.packed, s.C, dp, into_rows(dy, tokens, distance(a)));
+      product_of_rows<T, VB>(s.C, 0, tokens, s.C, workspace.packed, s.C, dp,
+                             into_rows(dy, tokens, distance(a)));
       transpose(dy, distance(a), s.P, tokens, dattended, s.P);
     } else {
-      product_of_rows<T, VB>(tokens, s.C, s.C, dp, ld(a), workspace.packed, into_rows(dy, s.C, ld(a)));
+      product_of_rows<T, VB>(tokens, 0, s.C, s.C, dp, ld(a), workspace.packed, into_rows(dy, s.C, ld(a)));
       for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
     }
     if (!a.attention.dx) return;

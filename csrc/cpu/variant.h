@@ -7,6 +7,7 @@
 #include "convolution.h"
 #include "fold.h"
 #include "mixer.h"
+#include "mixer_eval.h"
 #include "mixer_train.h"
 #include "moments.h"
 #include "shsa_backward.h"
@@ -26,8 +27,8 @@ constexpr shvit::Kernels kernels() {
 }
 
 template <class T, int VB>
-constexpr shvit::MixerTrainKernels mixer_train_kernels() {
-  return {kernel<MixerTrainForward<T, VB>>(), kernel<MixerTrainBackward<T, VB>>()};
+constexpr shvit::MixerKernels mixer_kernels() {
+  return {kernel<MixerTrainForward<T, VB>>(), kernel<MixerTrainBackward<T, VB>>(), kernel<MixerEval<T, VB>>()};
 }
 
 template <int VB>
@@ -59,8 +60,8 @@ constexpr shvit::Variant variant(const char* name) {
           kernels<float, VB>(),
           kernels<double, VB>(),
           kernels<BFloat16, VB>(),
-          mixer_train_kernels<float, VB>(),
-          mixer_train_kernels<double, VB>(),
+          mixer_kernels<float, VB>(),
+          mixer_kernels<double, VB>(),
           fused_kernels<VB>(),
           &fma_flops<VB>};
 }

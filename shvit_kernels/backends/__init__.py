@@ -9,7 +9,7 @@ A backend is a module with
     shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics
                                          the functions, as ``eager`` defines them, on validated arguments
 
-``cpu`` and ``eager`` have ``mixer_train`` too.
+``cpu`` and ``eager`` have ``mixer_train`` and ``mixer_eval`` too.
 """
 
 import difflib

@@ -12,7 +12,7 @@ name = "cpu"
 devices = ("cpu",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-MIXER_TRAIN_DTYPES = (torch.float32, torch.float64)
+MIXER_DTYPES = (torch.float32, torch.float64)
 
 
 def why_unavailable() -> str | None:
@@ -40,7 +40,7 @@ def mixer_train(
     ``measured`` is called with the statistics, before anything is saved for the backward.
     """
     tensors = (x, *rest[:8])
-    if any(t is not None and t.dtype not in MIXER_TRAIN_DTYPES for t in tensors):
+    if any(t is not None and t.dtype not in MIXER_DTYPES for t in tensors):
         out, *statistics = eager.mixer_train_after(shsa_train, x, *rest)
         if measured is not None:
             measured(*statistics)
@@ -56,6 +56,13 @@ def mixer_train(
     return out, *statistics
 
 
+def mixer_eval(x: Tensor, *rest) -> Tensor:
+    """One operator in float32 and float64 without gradients; otherwise the projection is PyTorch's."""
+    if x.dtype not in MIXER_DTYPES or operators.tracks_gradients(x, *rest[:14]):
+        return eager.mixer_eval_after(shsa_eval, x, *rest)
+    return torch.ops.shvit_kernels.mixer_eval.default(ops.readable(x), *rest)
+
+
 def shsa_mixer(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -69,15 +76,8 @@ def shsa_mixer(
     scale: float,
     *tf32: bool,
 ) -> Tensor:
-    """One operator in float32, which packs the projection at each call; otherwise the projection is PyTorch's."""
-    attention = (norm_weight, norm_bias, qkv_weight, qkv_bias)
-    given = (x, *attention, proj_weight, proj_bias)
-    if not all(t is None or t.dtype == torch.float32 for t in given) or operators.tracks_gradients(*given):
-        return eager.mix_after(shsa, x, *attention, proj_weight, proj_bias, qk_dim, norm_eps, scale, *tf32)
-    bias = proj_weight.new_zeros(proj_weight.shape[0]) if proj_bias is None else proj_bias
-    rows = x.contiguous(memory_format=torch.channels_last)
-    dense = [t if t is None else t.contiguous() for t in attention]
-    mixed = torch.ops.shvit_kernels.fused_mixer.default(
-        rows, *dense, ops.pack(proj_weight), bias.contiguous(), qk_dim, norm_eps, scale
-    )
-    return mixed.contiguous(memory_format=ops.memory_format(x))
+    """:func:`mixer_eval` of projections that are folded."""
+    no_statistics = (None, None, None, None)
+    attention = (norm_weight, norm_bias, qkv_weight, qkv_bias, *no_statistics)
+    projection = (proj_weight, proj_bias, *no_statistics)
+    return mixer_eval(x, *attention, *projection, qk_dim, norm_eps, 0.0, 0.0, scale, True)

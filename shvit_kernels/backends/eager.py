@@ -225,6 +225,46 @@ def fold_and(
 shsa_eval = partial(fold_and, shsa)
 
 
+def mixer_eval_after(
+    attend: Callable[..., Tensor],
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    bn_mean: Tensor | None,
+    bn_var: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    proj_bn_weight: Tensor | None,
+    proj_bn_bias: Tensor | None,
+    proj_bn_mean: Tensor | None,
+    proj_bn_var: Tensor | None,
+    qk_dim: int,
+    norm_eps: float,
+    bn_eps: float,
+    proj_bn_eps: float,
+    scale: float,
+    residual: bool,
+) -> Tensor:
+    """``attend``, a ``shsa_eval``, with ReLU, then the projection ``[C, C]`` with its running statistics folded in, and
+    the residual if asked for."""
+    attention = (norm_weight, norm_bias, weight, bias, bn_weight, bn_bias, bn_mean, bn_var)
+    y = attend(x, *attention, qk_dim, norm_eps, bn_eps, scale, True, False, False)
+    with _full_precision(x):
+        proj_weight, proj_bias = _as(x.dtype, proj_weight.flatten(1), proj_bias)
+        if proj_bn_mean is not None:
+            statistics = (proj_bn_weight, proj_bn_bias, proj_bn_mean, proj_bn_var)
+            proj_weight, proj_bias = _as(x.dtype, *fold(proj_weight, proj_bias, *statistics, proj_bn_eps))
+        out = F.conv2d(y, proj_weight[:, :, None, None], proj_bias)
+        return x + out if residual else out
+
+
+mixer_eval = partial(mixer_eval_after, shsa_eval)
+
+
 def mix_after(
     attend: Callable[..., Tensor],
     x: Tensor,

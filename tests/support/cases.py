@@ -282,26 +282,30 @@ def mixer_train_call(case: Case, residual: bool = True, epsilons: tuple[float, f
     return Call(function, inputs, {"out": dout})
 
 
+BATCH_NORMS = ("affine", "not_affine", "none")
+"""What may stand behind the convolutions of a layer in evaluation; "none" in a fused layer."""
+
+
+def running_norm(prefix: str, width: int, kind: str, source: torch.Generator) -> dict[str, Tensor | None]:
+    """Random parameters and statistics of a batch normalisation, one of ``BATCH_NORMS``."""
+    values = {
+        "weight": 0.5 + torch.rand(width, generator=source, dtype=torch.float64),
+        "bias": 0.2 * torch.randn(width, generator=source, dtype=torch.float64),
+        "mean": torch.randn(width, generator=source, dtype=torch.float64),
+        "var": 0.5 + torch.rand(width, generator=source, dtype=torch.float64),
+    }
+    absent = {"affine": (), "not_affine": ("weight", "bias"), "none": tuple(values)}[kind]
+    return {f"{prefix}bn_{k}": None if k in absent else t for k, t in values.items()}
+
+
 def eval_call(case: Case, batch_norm: str = "affine") -> Call:
     """``shsa_eval``, the operator of a layer in evaluation, on the tensors of the case.
 
-    ``batch_norm`` is "affine", "not_affine", or "none" as in a fused layer; ``bias`` is the convolution's.
+    ``batch_norm`` is one of ``BATCH_NORMS``; ``bias`` is the convolution's.
     """
     source = generator(case)
-    x = strided(case, source)
-    drawn = parameters(case, source)
-    O = 2 * case.D + case.P
-    inputs = {"x": x, **{k: drawn[k] for k in ("norm_weight", "norm_bias")}}
-    inputs |= {"weight": drawn["qkv_weight"], "bias": drawn["qkv_bias"]}
-    statistics = {
-        "bn_weight": 0.5 + torch.rand(O, generator=source, dtype=torch.float64),
-        "bn_bias": 0.2 * torch.randn(O, generator=source, dtype=torch.float64),
-        "bn_mean": torch.randn(O, generator=source, dtype=torch.float64),
-        "bn_var": 0.5 + torch.rand(O, generator=source, dtype=torch.float64),
-    }
-    absent = {"affine": (), "not_affine": ("bn_weight", "bn_bias"), "none": tuple(statistics)}[batch_norm]
-    inputs |= {k: None if k in absent else t.to(case.dtype) for k, t in statistics.items()}
-    dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
+    inputs = eval_inputs(case, batch_norm, source)
+    dy = torch.randn(inputs["x"].shape, generator=source, dtype=torch.float64).to(case.dtype)
 
     def function(x: Tensor, backend: str, relu: bool = case.relu, **rest) -> Results:
         settings = (case.D, 1e-5, 1e-5, case.D**-0.5, relu, False, False)
@@ -310,17 +314,52 @@ def eval_call(case: Case, batch_norm: str = "affine") -> Call:
     return away_from_the_edge(Call(function, inputs, {"y": dy}), case)
 
 
-def mixer_call(case: Case) -> Call:
-    """``functional.shsa_mixer`` on the tensors of the case; a case without bias has none in the projection either."""
-    source = generator(case)
+def eval_inputs(case: Case, batch_norm: str, source: torch.Generator) -> dict[str, Tensor | None]:
+    """Random tensors under the names of ``shsa_eval``."""
     x = strided(case, source)
-    C = x.shape[1]
-    proj = {
+    drawn = parameters(case, source)
+    inputs = {"x": x, **{k: drawn[k] for k in ("norm_weight", "norm_bias")}}
+    inputs |= {"weight": drawn["qkv_weight"], "bias": drawn["qkv_bias"]}
+    statistics = running_norm("", 2 * case.D + case.P, batch_norm, source)
+    return inputs | {k: t if t is None else t.to(case.dtype) for k, t in statistics.items()}
+
+
+def projection(case: Case, source: torch.Generator) -> dict[str, Tensor | None]:
+    """Weight and bias of the projection behind the attention; a case without bias has none here either."""
+    C = case.P + case.beyond
+    return {
         "proj_weight": torch.randn(C, C, generator=source, dtype=torch.float64) / C**0.5,
         "proj_bias": 0.2 * torch.randn(C, generator=source, dtype=torch.float64) if case.bias else None,
     }
+
+
+def mixer_eval_call(
+    case: Case,
+    batch_norm: str = "affine",
+    proj_batch_norm: str = "affine",
+    residual: bool = True,
+    epsilons: tuple[float, float, float] = (1e-5,) * 3,
+) -> Call:
+    """``mixer_eval``, the operator of a whole layer in evaluation, on the tensors of the case."""
+    source = generator(case)
+    inputs = eval_inputs(case, batch_norm, source)
+    more = projection(case, source) | running_norm("proj_", case.P + case.beyond, proj_batch_norm, source)
+    inputs |= {k: t if t is None else t.to(case.dtype) for k, t in more.items()}
+    dy = torch.randn(inputs["x"].shape, generator=source, dtype=torch.float64).to(case.dtype)
+
+    def function(x: Tensor, backend: str, **rest) -> Results:
+        settings = (case.D, *epsilons, case.D**-0.5, residual)
+        return {"y": backends.get(backend).mixer_eval(x, *rest.values(), *settings)}
+
+    return Call(function, inputs, {"y": dy})
+
+
+def mixer_call(case: Case) -> Call:
+    """``functional.shsa_mixer`` on the tensors of the case."""
+    source = generator(case)
+    x = strided(case, source)
     inputs = {"x": x, **parameters(case, source)}
-    inputs |= {k: t if t is None else t.to(case.parameter_dtype) for k, t in proj.items()}
+    inputs |= {k: t if t is None else t.to(case.parameter_dtype) for k, t in projection(case, source).items()}
     dy = torch.randn(x.shape, generator=source, dtype=torch.float64).to(case.dtype)
 
     def function(**named) -> Results:

@@ -15,7 +15,7 @@ EPS, SCALE = 1e-5, 0.5
 
 class Arguments:
     """Arguments of each operator of a family, in one or more calls of a case, on a device; on CPUs none of
-    ``shsa_mixer``, whose projection is PyTorch's there."""
+    ``shsa_mixer``, for which ``mixer_eval`` stands there."""
 
     def __init__(self, family: str, device: str = "cpu"):
         self.operators, self.device = ops.FAMILIES[family], device
@@ -73,3 +73,10 @@ OF_IMAGES = [name for name in NAMES if name != "update_running_statistics"]
 
 def copy_of_x1(x: Tensor, P: int) -> Tensor:
     return x[:, :P].clone(memory_format=ops.memory_format(x))
+
+
+def operators_called(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> set[str]:
+    """The operators of this library in one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(x)
+    return {event.name for event in profile.events() if event.name.startswith("shvit_kernels::")}

@@ -16,8 +16,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", 
 PYTEST += ["--import-mode=append", "--capture=sys"]  # what a sanitizer writes before it ends the process is shown
 TESTS = [
     *(f"tests/test_{name}.py" for name in ("sanitized", "fused_operators", "fuzz")),
-    *(f"tests/test_{name}.py" for name in ("shsa", "shsa_eval", "shsa_train", "mixer_train", "partial_moments")),
-    "tests/test_running_statistics.py",
+    *(f"tests/test_{name}.py" for name in ("shsa", "shsa_eval", "shsa_train", "partial_moments")),
+    *(f"tests/test_{name}.py" for name in ("mixer_train", "mixer_eval", "running_statistics")),
     "tests/test_operators.py::test_python_threads_at_once",
     "-k=not N4096 and not N1050 and not triton and not hosted",  # 257 tokens are long images too
 ]

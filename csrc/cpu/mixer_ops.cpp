@@ -1,5 +1,4 @@
-// The operators of the residual attention layer in training (shvit_kernels/ops.py) for CPU tensors: float32 and
-// float64.
+// The operators of the whole attention layer (shvit_kernels/ops.py) for CPU tensors: float32 and float64.
 
 #include <optional>
 #include <tuple>
@@ -12,14 +11,14 @@ namespace {
 
 using namespace shvit;
 
-const MixerTrainKernels& kernels_for(ScalarType dtype) {
+const MixerKernels& kernels_for(ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "mixer_train takes float32 and float64");
+                  "mixer_train and mixer_eval take float32 and float64");
   const Variant* variant = current_variant().load();
-  return dtype == ScalarType::Float ? variant->mixer_train_float32 : variant->mixer_train_float64;
+  return dtype == ScalarType::Float ? variant->mixer_float32 : variant->mixer_float64;
 }
 
-// The parameters of the layer, in the order of the schema.
+// The parameters of the layer in training, in the order of the schema.
 struct Layer {
   const Norm norm;
   const Parameter weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias;
@@ -52,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> proj_bn_weight, std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps,
     double bn_eps, double proj_bn_eps, double scale, bool residual) {
   const ScalarType type = x.scalar_type();
-  const MixerTrainKernels& kernels = kernels_for(type);
+  const MixerKernels& kernels = kernels_for(type);
   const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
   const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return torch::stable::new_empty(x, size, type);
@@ -83,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.proj_norm = batch_norm(layer.proj_bn_weight, layer.proj_bn_bias, proj_bn_eps, proj_mean, proj_var);
   params.projected = data(projected);
   params.out = data(out);
-  run(kernels.forward, params);
+  run(kernels.train_forward, params);
   return {out,           projected, saved.mean, saved.rstd, saved.row_max,
           saved.row_sum, mean,      variance,   proj_mean,  proj_var};
 }
@@ -96,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps, double bn_eps, double proj_bn_eps,
     double scale, bool residual, std::vector<bool> needs) {
   const ScalarType type = x.scalar_type();
-  const MixerTrainKernels& kernels = kernels_for(type);
+  const MixerKernels& kernels = kernels_for(type);
   check_gradient_of(x, dout);
   const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
   const Layer layer = layer_of(s, type, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
@@ -138,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dproj_weight = dproj_weight.data();
   params.dproj_norm_weight = dproj_bn_weight.data();
   params.dproj_norm_bias = dproj_bn_bias.data();
-  run(kernels.backward, params);
+  run(kernels.train_backward, params);
   return {dx,
           dnorm.weight.result(),
           dnorm.bias.result(),
@@ -150,9 +149,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           dproj_bn_bias.result()};
 }
 
+// A projection [O, P] and the running statistics behind it, mean and var null together.
+struct FoldedProjection {
+  const Parameter weight, bias, bn_weight, bn_bias, mean, var;
+
+  FoldParams params(int64_t O, int64_t P, double eps) const {
+    return {O,           P,          eps,     weight.data(), bias.data(), bn_weight.data(), bn_bias.data(),
+            mean.data(), var.data(), nullptr, nullptr,       nullptr};
+  }
+};
+
+Tensor mixer_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
+                  std::optional<Tensor> bias, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, Tensor proj_weight,
+                  std::optional<Tensor> proj_bias, std::optional<Tensor> proj_bn_weight,
+                  std::optional<Tensor> proj_bn_bias, std::optional<Tensor> proj_bn_mean,
+                  std::optional<Tensor> proj_bn_var, int64_t qk_dim, double norm_eps, double bn_eps,
+                  double proj_bn_eps, double scale, bool residual) {
+  const ScalarType type = x.scalar_type();
+  const MixerKernels& kernels = kernels_for(type);
+  const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
+  STD_TORCH_CHECK(bn_mean.has_value() == bn_var.has_value(), "bn_mean and bn_var must be given together");
+  STD_TORCH_CHECK(proj_bn_mean.has_value() == proj_bn_var.has_value(),
+                  "proj_bn_mean and proj_bn_var must be given together");
+  const Norm norm(norm_weight, norm_bias, s.P, type);
+  const FoldedProjection qkv{{"weight", weight, s.O() * s.P, type}, {"bias", bias, s.O(), type},
+                             {"bn_weight", bn_weight, s.O(), type}, {"bn_bias", bn_bias, s.O(), type},
+                             {"bn_mean", bn_mean, s.O(), type},     {"bn_var", bn_var, s.O(), type}};
+  const FoldedProjection projection{
+      {"proj_weight", proj_weight, s.C * s.C, type}, {"proj_bias", proj_bias, s.C, type},
+      {"proj_bn_weight", proj_bn_weight, s.C, type}, {"proj_bn_bias", proj_bn_bias, s.C, type},
+      {"proj_bn_mean", proj_bn_mean, s.C, type},     {"proj_bn_var", proj_bn_var, s.C, type}};
+  const Tensor out = empty_image(x, s.C, is_channels_last(x));
+  MixerEvalParams params{};
+  ShsaForwardParams& attention = params.attention;
+  attention.sizes = s;
+  attention.channels_last = is_channels_last(x);
+  attention.relu = true;
+  attention.norm_eps = norm_eps;
+  attention.scale = scale;
+  attention.x = x.const_data_ptr();
+  attention.norm_weight = norm.weight.data();
+  attention.norm_bias = norm.bias.data();
+  params.residual = residual;
+  params.qkv = qkv.params(s.O(), s.P, bn_eps);
+  params.projection = projection.params(s.C, s.C, proj_bn_eps);
+  params.out = data(out);
+  params.threads = torch::stable::get_num_threads();
+  run(kernels.eval, params);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(shvit_kernels, CPU, m) {
   m.impl("mixer_train_forward", TORCH_BOX(&mixer_train_forward));
   m.impl("mixer_train_backward", TORCH_BOX(&mixer_train_backward));
+  m.impl("mixer_eval", TORCH_BOX(&mixer_eval));
 }
