@@ -333,13 +333,14 @@ class SHSA(nn.Module):
         proj_bn: nn.Module | None,
         residual: bool,
     ) -> Tensor | None:
-        """The same by running statistics; None where gradients may be asked for, which cost less module by module."""
+        """The same by running statistics; None where gradients may be asked for, which cost less module by module, and
+        in exported programs, which may run on another device."""
         norm = self.pre_norm
         projections = (*_weight_and_bias(conv), *_statistics(bn), *_weight_and_bias(proj), *_statistics(proj_bn))
         epsilons = (norm.eps, *(0.0 if b is None else b.eps for b in (bn, proj_bn)))
         settings = (self.qk_dim, *epsilons, self.scale, residual)
         parameters = (*_weight_and_bias(norm), *projections)
-        if operators.tracks_gradients(x, *parameters):
+        if operators.tracks_gradients(x, *parameters) or torch.compiler.is_exporting():
             return None
         return backends.cpu.mixer_eval(x, *parameters, *settings)
 

@@ -21,7 +21,7 @@ struct MixerEval {
         : bump(base),
           attention(bump.take<char>(Attention::plan(a.attention).workspace_bytes)),
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(packs(a) ? sizes(a).C * round_up(sizes(a).C, kPanel) : 0)),
+          packed(bump.take<T>(packed_values(a.attention))),
           qkv_weight(bump.take<T>(sizes(a).O() * sizes(a).P)),
           qkv_bias(bump.take<T>(sizes(a).O())),
           factor(bump.take<T>(sizes(a).C)),
@@ -29,7 +29,6 @@ struct MixerEval {
   };
 
   static const Sizes& sizes(const Params& a) { return a.attention.sizes; }
-  static bool packs(const Params& a) { return a.attention.channels_last; }
   static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
   static int64_t ld(const Params& a) {
     return a.attention.channels_last ? row_distance<T>(sizes(a).C) : block_distance<T, VB>(sizes(a));
@@ -64,7 +63,7 @@ struct MixerEval {
     plan.phases = 8;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = 1;
-    plan.tasks[kPack] = packs(a) ? ceil_div(s.C, kPanel) : 0;
+    plan.tasks[kPack] = packed_values(a.attention) > 0 ? ceil_div(s.C, kPanel) : 0;
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = blocks_of(a).count * panels_of(a).parts;
@@ -130,9 +129,9 @@ struct MixerEval {
     const int64_t at = blocks.first_row(block) * s.C;
     gather_rows<T, VB>(a.attention, blocks, block, workspace.attended, scratch.y, ld(a));
     const T* residual = a.residual ? static_cast<const T*>(a.attention.x) + at : nullptr;
-    product_of_rows<T, VB>(blocks.rows(block), channels.begin, channels.end, s.C, scratch.y, ld(a),
-                           workspace.packed,
-                           {workspace.offset, residual, static_cast<T*>(a.out) + at, s.C, s.C, false});
+    const LinearFinish<T> finish{workspace.offset, residual, static_cast<T*>(a.out) + at, s.C, s.C, false};
+    product_of_packed<T, VB>(blocks.rows(block), WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, workspace.packed,
+                             channels.begin, channels.end, finish);
   }
 
   static void project_channels(const Params& a, int64_t block, const Channels& channels, const Scratch& scratch,

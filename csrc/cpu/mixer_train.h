@@ -171,7 +171,7 @@ struct MixerTrainForward {
         : bump(base),
           attention(bump.take<char>(Attention::plan(attention_of(a)).workspace_bytes)),
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
+          packed(bump.take<T>(packed_values(a.attention))),
           factor(bump.take<T>(sizes(a).C)),
           channels{bump.take<double>(2 * blocks_of(a).count * sizes(a).C), sizes(a).C} {}
   };
@@ -206,7 +206,7 @@ struct MixerTrainForward {
     Plan plan;
     plan.phases = 9;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
-    plan.tasks[0] = a.attention.channels_last && s.B > 0 ? ceil_div(s.C, kPanel) : 0;
+    plan.tasks[0] = packed_values(a.attention) > 0 ? ceil_div(s.C, kPanel) : 0;
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
@@ -240,8 +240,8 @@ struct MixerTrainForward {
     const int64_t first = blocks.first_row(task), rows = blocks.rows(task);
     gather_rows<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, ld(a));
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_rows<T, VB>(rows, 0, s.C, s.C, scratch.y, ld(a), workspace.packed,
-                           into_rows(projected, s.C, s.C));
+    product_of_packed<T, VB>(rows, WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, workspace.packed, 0, s.C,
+                             into_rows(projected, s.C, s.C));
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
@@ -360,7 +360,7 @@ struct MixerTrainBackward {
           y(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
           dp(bump.take<T>(blocks_of(a).count * dp_values(a))),
           dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(sizes(a).C * round_up(sizes(a).C, kPanel))),
+          packed(bump.take<T>(packed_values(a.attention))),
           factor(bump.take<T>(sizes(a).C)),
           shift(bump.take<T>(sizes(a).C)),
           slope(bump.take<T>(sizes(a).C)),
@@ -409,7 +409,7 @@ struct MixerTrainBackward {
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
-    if (attends && s.B > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
+    if (attends && packed_values(a.attention) > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
     if (attends || weighs) {
       plan.tasks[kProject] = blocks.count;
       if (makes_all_y(a)) {
@@ -435,7 +435,7 @@ struct MixerTrainBackward {
     const Workspace workspace(a.workspace, a);
     if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase == kTotal) total_channels(a, workspace);
-    if (phase == kPack) pack(a, task, workspace.packed);
+    if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
     if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase >= kForward && phase < kAttention) {
       auto forward = forward_of(a);
@@ -452,16 +452,6 @@ struct MixerTrainBackward {
       Attention::run(attention, phase - kAttention, task, memory);
     }
     if (phase == kWeight) sum_weight(a, task, Bump(memory).take<T>(0), workspace);
-  }
-
-  // W in panels, or W^T where it is the left factor.
-  static void pack(const Params& a, int64_t panel, T* packed) {
-    const int64_t C = sizes(a).C, first = panel * kPanel;
-    if (a.attention.channels_last) {
-      pack_panel(typed(a.proj_weight), false, C, panel, packed);
-    } else {
-      transpose(typed(a.proj_weight) + first * C, C, min64(kPanel, C - first), C, packed + first, C);
-    }
   }
 
   static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
@@ -563,11 +553,12 @@ struct MixerTrainBackward {
     if (!needs_attention(a)) return;
     T* dattended = workspace.dattended + first * s.P;
     if (by_channel) {
-      product_of_rows<T, VB>(s.C, 0, tokens, s.C, workspace.packed, s.C, dp,
-                             into_rows(dy, tokens, distance(a)));
+      product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C}, dp, 0, tokens,
+                               into_rows(dy, tokens, distance(a)));
       transpose(dy, distance(a), s.P, tokens, dattended, s.P);
     } else {
-      product_of_rows<T, VB>(tokens, 0, s.C, s.C, dp, ld(a), workspace.packed, into_rows(dy, s.C, ld(a)));
+      product_of_packed<T, VB>(tokens, WholeRows<T>{{dp, ld(a), 1}, s.C}, workspace.packed, 0, s.C,
+                               into_rows(dy, s.C, ld(a)));
       for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
     }
     if (!a.attention.dx) return;

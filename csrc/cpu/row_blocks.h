@@ -51,12 +51,11 @@ SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
   return {nullptr, nullptr, rows, columns, ld, false};
 }
 
-// Rows [M, C] times packed [C, ...], for its columns from `begin` to `end` (as gemm_packed wants them).
+// A, M rows, times packed [a.K, ...], for its columns from `begin` to `end` (as gemm_packed wants them).
 template <class T, int VB>
-__attribute__((noinline)) void product_of_rows(int64_t M, int64_t begin, int64_t end, int64_t C, const T* rows,
-                                               int64_t ld, const T* packed, LinearFinish<T> finish) {
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, WholeRows<T>{{rows, ld, 1}, C}, PackedWeights<T>{packed, C}, begin,
-                                          end, finish);
+__attribute__((noinline)) void product_of_packed(int64_t M, WholeRows<T> a, const T* packed, int64_t begin,
+                                                 int64_t end, LinearFinish<T> finish) {
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, a, PackedWeights<T>{packed, a.K}, begin, end, finish);
 }
 
 // Columns of A times rows, NV vectors at a time from column `n` on, while more than `rest` columns are left;
@@ -85,6 +84,12 @@ __attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, A 
 template <class T, int VB>
 SHVIT_INLINE int64_t block_distance(const Sizes& s) {
   return row_distance<T>(RowBlocks(s, false).most_rows);
+}
+
+// Of the packed projection [C, C]: in NCHW order it is the left factor, and stays as it is.
+template <class Attention>
+SHVIT_INLINE int64_t packed_values(const Attention& a) {
+  return a.channels_last && a.sizes.B > 0 ? a.sizes.C * round_up(a.sizes.C, kPanel) : 0;
 }
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
