@@ -135,14 +135,20 @@ def _pointwise_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None]
 
 def _by_batch(bn: nn.Module) -> bool:
     """Whether ``bn`` normalises by the statistics of the batch."""
-    return bn.training or bn._buffers["running_mean"] is None
+    return bn.training or _statistics(bn)[0] is None
 
 
-def _statistics(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
+def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Running mean and variance."""
+    own = bn._buffers
+    if "running_mean" in own and "running_var" in own:
+        return own["running_mean"], own["running_var"]
+    return bn.running_mean, bn.running_var  # somebody made them something else
+
+
+def _norm(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and variance of a batch normalisation; four times None without one."""
-    if bn is None:
-        return None, None, None, None
-    return *_weight_and_bias(bn), bn._buffers["running_mean"], bn._buffers["running_var"]
+    return (None, None, None, None) if bn is None else (*_weight_and_bias(bn), *_statistics(bn))
 
 
 def _are_trained(conv: nn.Conv2d, bn: nn.Module | None, proj: nn.Conv2d, proj_bn: nn.Module | None) -> bool:
@@ -152,9 +158,25 @@ def _are_trained(conv: nn.Conv2d, bn: nn.Module | None, proj: nn.Conv2d, proj_bn
     return _weight_and_bias(conv)[1] is None and _weight_and_bias(proj)[1] is None and not _merges_ranks(bn)
 
 
-def _are_evaluated(bn: nn.Module | None, proj_bn: nn.Module | None) -> bool:
-    """Whether ``mixer_eval`` computes both projections: by running statistics, if any."""
-    return (bn is None or not _by_batch(bn)) and (proj_bn is None or not _by_batch(proj_bn))
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _are_evaluated(bn: nn.Module | None, proj: nn.Conv2d, proj_bn: nn.Module | None) -> bool:
+    """Whether ``mixer_eval`` computes both projections: by running statistics, if any.
+
+    What PyTorch refuses of the last ones, and tensors that are more than tensors, are left to PyTorch.
+    """
+    if (bn is not None and _by_batch(bn)) or (proj_bn is not None and _by_batch(proj_bn)):
+        return False
+    weight, bias = _weight_and_bias(proj)
+    norm = _norm(proj_bn)
+    if type(weight) not in _PLAIN or (proj_bn is not None and (norm[3] is None or proj_bn.eps < 0)):
+        return False
+    return all(
+        t is None
+        or (type(t) in _PLAIN and t.shape == weight.shape[:1] and t.dtype == weight.dtype and t.device == weight.device)
+        for t in (bias, *norm)
+    )
 
 
 def _merges_ranks(bn: nn.Module) -> bool:
@@ -270,7 +292,7 @@ class SHSA(nn.Module):
             last = self._last_projection(x, rest)
             if last is not None and _are_trained(*projection, *last):
                 return self._train(x, *projection, *last, residual)
-            if last is not None and _are_evaluated(projection[1], last[1]):
+            if last is not None and _are_evaluated(projection[1], *last):
                 y = self._evaluate(x, *projection, *last, residual)
                 if y is not None:
                     return y
@@ -336,7 +358,7 @@ class SHSA(nn.Module):
         """The same by running statistics; None where gradients may be asked for, which cost less module by module, and
         in exported programs, which may run on another device."""
         norm = self.pre_norm
-        projections = (*_weight_and_bias(conv), *_statistics(bn), *_weight_and_bias(proj), *_statistics(proj_bn))
+        projections = (*_weight_and_bias(conv), *_norm(bn), *_weight_and_bias(proj), *_norm(proj_bn))
         epsilons = (norm.eps, *(0.0 if b is None else b.eps for b in (bn, proj_bn)))
         settings = (self.qk_dim, *epsilons, self.scale, residual)
         parameters = (*_weight_and_bias(norm), *projections)
@@ -396,7 +418,7 @@ class SHSA(nn.Module):
             return y
         bn_eps = 0.0 if bn is None else bn.eps
         return backend.shsa_eval(
-            x, norm_weight, norm_bias, weight, bias, *_statistics(bn), self.qk_dim, norm.eps, bn_eps, *settings
+            x, norm_weight, norm_bias, weight, bias, *_norm(bn), self.qk_dim, norm.eps, bn_eps, *settings
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):

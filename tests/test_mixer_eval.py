@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.func import functional_call, grad, jvp, vmap
 
 from shvit_kernels import SHSA
 from shvit_kernels._randomise import randomise
@@ -232,6 +233,91 @@ def test_layer_takes_it_where_everything_is_stock(change, taken):
         assert ("shvit_kernels::mixer_eval" in operators_called(layer, x)) == taken
         tolerance = 0.1 if x.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(layer(x), stock(x), rtol=tolerance, atol=tolerance)
+
+
+def both_layers() -> tuple[SHSA, StockSHSA]:
+    return tuple(randomise(cls(24, 4, 10), seed=1).eval().requires_grad_(False) for cls in (SHSA, StockSHSA))
+
+
+def under_transforms(layer: torch.nn.Module, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+    """Of a layer whose parameter of this name is transformed."""
+    parameter = dict(layer.named_parameters())[name]
+    several = torch.stack([parameter, 2 * parameter])
+
+    def of(p: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, {name: p}, (x,))
+
+    return [
+        vmap(of)(several),
+        grad(lambda p: vmap(of)(p).sin().sum())(several),
+        grad(lambda a: grad(lambda b: (of(parameter * a) * b).sum())(torch.tensor(2.0)))(torch.tensor(1.3)),
+        jvp(of, (parameter,), (parameter.flip(0),))[1],
+        torch.autograd.grad(vmap(of)(leaf := several.clone().requires_grad_()).sin().sum(), leaf)[0],
+    ]
+
+
+@pytest.mark.parametrize("name", ["pre_norm.weight", "qkv.c.weight", "proj.1.c.weight", "proj.1.bn.bias"])
+def test_transforms_of_torch_func(name):
+    x = torch.randn(2, 24, 5, 5)
+    ours, stock = (under_transforms(layer, name, x) for layer in both_layers())
+    for result, expected in zip(ours, stock, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+class Scaled(torch.Tensor):
+    """A weight that convolutions see doubled."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.nn.functional.conv2d or function is torch.conv2d:
+                args = (args[0], 2 * args[1].as_subclass(torch.Tensor), *args[2:])
+            return function(*args, **(kwargs or {}))
+
+
+def statistics_no_buffers(layer: torch.nn.Module) -> None:
+    for bn in (layer.qkv.bn, layer.proj[1].bn):
+        mean = bn.running_mean
+        del bn.running_mean
+        bn.running_mean = mean
+
+
+def scaled_weight(layer: torch.nn.Module) -> None:
+    conv = layer.proj[1].c
+    del conv.weight
+    conv.weight = torch.randn(24, 24, 1, 1, generator=torch.Generator().manual_seed(1)).as_subclass(Scaled)
+
+
+@pytest.mark.parametrize("change", [statistics_no_buffers, scaled_weight])
+def test_changed_layers_stay_the_stock_ones(change):
+    ours, stock = both_layers()
+    change(ours)
+    change(stock)
+    x = torch.randn(2, 24, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+REFUSED = {
+    "float64_norm": lambda pair: pair.bn.double(),
+    "short_norm": lambda pair: setattr(pair.bn, "running_mean", torch.zeros(5)),
+    "square_norm": lambda pair: setattr(pair.bn, "running_var", torch.ones(24, 24)),
+    "no_variance": lambda pair: setattr(pair.bn, "running_var", None),
+    "negative_eps": lambda pair: setattr(pair.bn, "eps", -10.0),
+    "float64_bias": lambda pair: setattr(pair.c, "bias", torch.nn.Parameter(torch.zeros(24, dtype=torch.float64))),
+    "square_bias": lambda pair: setattr(pair.c, "bias", torch.nn.Parameter(torch.zeros(4, 6))),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_what_pytorch_refuses_of_the_last_projection_gives_its_error(change):
+    errors = []
+    for layer in both_layers():
+        change(layer.proj[1])
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as caught:
+            layer(torch.randn(2, 24, 5, 5))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1] and "shvit" not in errors[0]
 
 
 def test_layer_leaves_gradients_and_autocast_alone():

@@ -344,7 +344,7 @@ class Sequence {
   void run(float* y) {
     if (x_.shape.B == 0) return;
     Buffers measured(nullptr);
-    const Memory memory(sequence_arena(), lay_out(measured));
+    const Memory memory(sequence_arena(), lay_out(measured), kKeptSequence);
     Buffers buffers(memory.data());
     lay_out(buffers);
     make(segments_.size() - 1, 0, x_.shape.B, y);

@@ -94,14 +94,14 @@ inline Arena& sequence_arena() {
   return arena;
 }
 
-// Long images, training and sequences of layers take tens of megabytes; more is not kept.
-constexpr int64_t kKept = 64 << 20;
+// Long images and training stage megabytes, sequences of layers tens of them; more is not kept.
+constexpr int64_t kKeptWorkspace = 16 << 20, kKeptSequence = 64 << 20;
 
-// Memory for a call: from an arena up to kKept bytes, beyond that of its own.
+// Memory for a call: from an arena up to `kept` bytes, beyond that of its own.
 class Memory {
  public:
-  Memory(Arena& arena, int64_t bytes)
-      : own_(bytes > kKept ? allocate(bytes) : Buffer()), data_(own_ ? own_.get() : arena.reserve(bytes)) {}
+  Memory(Arena& arena, int64_t bytes, int64_t kept)
+      : own_(bytes > kept ? allocate(bytes) : Buffer()), data_(own_ ? own_.get() : arena.reserve(bytes)) {}
   char* data() const { return data_; }
 
  private:
@@ -133,7 +133,7 @@ using torch::stable::parallel_for;
 template <class Params>
 void run(const Kernel<Params>& kernel, Params& params) {
   const Plan plan = kernel.plan(params);
-  const Memory workspace(workspace_arena(), plan.workspace_bytes);
+  const Memory workspace(workspace_arena(), plan.workspace_bytes, kKeptWorkspace);
   params.workspace = workspace.data();
   for (int phase = 0; phase < plan.phases; ++phase) {
     const int64_t tasks = plan.tasks[phase];

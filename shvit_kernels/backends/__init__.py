@@ -115,6 +115,9 @@ def chosen_name(name: str | None) -> str | None:
 def choose(x: Tensor, name: str | None, pdim: int = 1, qk_dim: int = 1) -> ModuleType:
     """The backend for a call on ``x``; sizes that are not given are no obstacle.
 
+    By itself the specification for tracers that know ATen only, and under ``torch.func``, whose transforms would find
+    no gradient of a bare operator.
+
     Raises:
         ValueError: if the name is unknown, or the named backend cannot run this call; the message says why.
     """
@@ -126,7 +129,7 @@ def choose(x: Tensor, name: str | None, pdim: int = 1, qk_dim: int = 1) -> Modul
         if reason is not None:
             raise ValueError(f"backend {named!r} cannot run this call: {reason}")
         return backend
-    if is_traced_to_aten():
+    if is_traced_to_aten() or torch._C._are_functorch_transforms_active():
         return eager
     device = "cpu" if x.is_cpu else x.device.type  # to make a torch.device takes longer
     for backend in BACKENDS.values():
