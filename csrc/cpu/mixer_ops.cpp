@@ -40,6 +40,21 @@ Layer layer_of(const Sizes& s, ScalarType type, const std::optional<Tensor>& nor
 
 void* data(const Tensor& t) { return t.mutable_data_ptr(); }
 
+// What the attention of a layer reads besides its projection.
+ShsaForwardParams attention_of(const Tensor& x, const Sizes& s, const Norm& norm, double norm_eps,
+                               double scale) {
+  ShsaForwardParams attention{};
+  attention.sizes = s;
+  attention.channels_last = is_channels_last(x);
+  attention.relu = true;
+  attention.norm_eps = norm_eps;
+  attention.scale = scale;
+  attention.x = x.const_data_ptr();
+  attention.norm_weight = norm.weight.data();
+  attention.norm_bias = norm.bias.data();
+  return attention;
+}
+
 BatchNorm batch_norm(const Parameter& weight, const Parameter& bias, double eps, const Tensor& mean,
                      const Tensor& variance) {
   return {weight.data(), bias.data(), eps, data(mean), data(variance)};
@@ -61,16 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Saved saved = empty_saved(x, s.B, s.N, type);
   Tensor out = empty_image(x, s.C, is_channels_last(x)), projected = empty_image(x, s.C, is_channels_last(x));
   Tensor mean = fresh({s.O()}), variance = fresh({s.O()}), proj_mean = fresh({s.C}), proj_var = fresh({s.C});
-  MixerTrainForwardParams params{};
+  MixerTrainForwardParams params{attention_of(x, s, layer.norm, norm_eps, scale)};
   ShsaForwardParams& attention = params.attention;
-  attention.sizes = s;
-  attention.channels_last = is_channels_last(x);
-  attention.relu = true;
-  attention.norm_eps = norm_eps;
-  attention.scale = scale;
-  attention.x = x.const_data_ptr();
-  attention.norm_weight = layer.norm.weight.data();
-  attention.norm_bias = layer.norm.bias.data();
   attention.qkv_weight = layer.weight.data();
   attention.batch_norm = batch_norm(layer.bn_weight, layer.bn_bias, bn_eps, mean, variance);
   attention.mean = data(saved.mean);
@@ -181,16 +188,7 @@ Tensor mixer_eval(Tensor x, std::optional<Tensor> norm_weight, std::optional<Ten
       {"proj_bn_weight", proj_bn_weight, s.C, type}, {"proj_bn_bias", proj_bn_bias, s.C, type},
       {"proj_bn_mean", proj_bn_mean, s.C, type},     {"proj_bn_var", proj_bn_var, s.C, type}};
   const Tensor out = empty_image(x, s.C, is_channels_last(x));
-  MixerEvalParams params{};
-  ShsaForwardParams& attention = params.attention;
-  attention.sizes = s;
-  attention.channels_last = is_channels_last(x);
-  attention.relu = true;
-  attention.norm_eps = norm_eps;
-  attention.scale = scale;
-  attention.x = x.const_data_ptr();
-  attention.norm_weight = norm.weight.data();
-  attention.norm_bias = norm.bias.data();
+  MixerEvalParams params{attention_of(x, s, norm, norm_eps, scale)};
   params.residual = residual;
   params.qkv = qkv.params(s.O(), s.P, bn_eps);
   params.projection = projection.params(s.C, s.C, proj_bn_eps);
