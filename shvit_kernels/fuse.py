@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional
 from .accelerate import is_stock_shsa
 from .backends import cpu, eager, fused, is_traced_to_aten, use_backend
+from .backends.operators import tracks_gradients
 from .modules import conv_and_norm, hooks_on_all_modules, is_group_norm1, is_plain, is_sequence_of
 from .ops import CODE, Kind, flatten, pack
 
@@ -84,7 +85,7 @@ class FusedLayers(_Inference):
         weights = _weights([self])
         operators = fused.operators(x, weights)
         # Tracers know what the specification is made of.
-        if operators is fused.NATIVE or is_traced_to_aten() or fused.is_transformed(x, weights):
+        if operators is fused.NATIVE or is_traced_to_aten() or tracks_gradients(x, *weights):
             return operators.sequence(x, weights, self.code, self.constants)
         layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
         return fused.run(x, layers, self.constants, _mix)

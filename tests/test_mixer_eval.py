@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jvp, vmap
 
-from shvit_kernels import SHSA
+from shvit_kernels import SHSA, use_backend
 from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import cpu, eager
 from shvit_kernels.stock import StockSHSA
@@ -262,6 +262,13 @@ def test_transforms_of_torch_func(name):
     ours, stock = (under_transforms(layer, name, x) for layer in both_layers())
     for result, expected in zip(ours, stock, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: lambda x: grad(lambda x: f(x).sum())(x)])
+def test_a_named_backend_refuses_the_transforms_of_torch_func(transform):
+    layer, _ = both_layers()
+    with use_backend(BACKEND), pytest.raises(RuntimeError, match="setup_context"):
+        transform(vmap(layer))(torch.randn(3, 2, 24, 5, 5))
 
 
 class Scaled(torch.Tensor):

@@ -221,13 +221,8 @@ NATIVE = Operators(
 )
 
 
-def is_transformed(x: Tensor, weights: list[Tensor]) -> bool:
-    """Whether derivatives or function transforms (``torch.func``) are asked for: the specification has them all."""
-    return tracks_gradients(x, *weights) or torch._C._are_functorch_transforms_active()
-
-
 def operators(x: Tensor, weights: list[Tensor]) -> Operators:
     """The operators for ``x``: those in C++ where they run and give all that is asked for."""
-    if x.dtype == torch.float32 and choose(x, None) is cpu and not is_transformed(x, weights):
+    if x.dtype == torch.float32 and choose(x, None) is cpu and not tracks_gradients(x, *weights):
         return NATIVE
     return SPECIFICATION

@@ -23,7 +23,9 @@ class Functions(NamedTuple):
 
 
 def tracks_gradients(*tensors: Tensor | None) -> bool:
-    if forward_ad._current_level >= 0:  # the autograd functions refuse tangents, bare operators would drop them
+    """Whether derivatives or the transforms of ``torch.func`` are asked for."""
+    # The autograd functions refuse tangents and transforms, bare operators would drop them.
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
