@@ -63,7 +63,7 @@ struct MixerEval {
     plan.phases = 8;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = 1;
-    plan.tasks[kPack] = packed_values(a.attention) > 0 ? ceil_div(s.C, kPanel) : 0;
+    plan.tasks[kPack] = packed_panels(a.attention);
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = blocks_of(a).count * panels_of(a).parts;

@@ -206,7 +206,7 @@ struct MixerTrainForward {
     Plan plan;
     plan.phases = 9;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
-    plan.tasks[0] = packed_values(a.attention) > 0 ? ceil_div(s.C, kPanel) : 0;
+    plan.tasks[0] = packed_panels(a.attention);
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
@@ -409,7 +409,7 @@ struct MixerTrainBackward {
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
-    if (attends && packed_values(a.attention) > 0) plan.tasks[kPack] = ceil_div(s.C, kPanel);
+    if (attends) plan.tasks[kPack] = packed_panels(a.attention);
     if (attends || weighs) {
       plan.tasks[kProject] = blocks.count;
       if (makes_all_y(a)) {

@@ -86,10 +86,14 @@ SHVIT_INLINE int64_t block_distance(const Sizes& s) {
   return row_distance<T>(RowBlocks(s, false).most_rows);
 }
 
-// Of the packed projection [C, C]: in NCHW order it is the left factor, and stays as it is.
+// Panels of the packed projection [C, C], and their values. In NCHW order it is the left factor, not packed.
+template <class Attention>
+SHVIT_INLINE int64_t packed_panels(const Attention& a) {
+  return a.channels_last && a.sizes.B > 0 ? ceil_div(a.sizes.C, kPanel) : 0;
+}
 template <class Attention>
 SHVIT_INLINE int64_t packed_values(const Attention& a) {
-  return a.channels_last && a.sizes.B > 0 ? a.sizes.C * round_up(a.sizes.C, kPanel) : 0;
+  return packed_panels(a) * kPanel * a.sizes.C;
 }
 
 // Panel `panel` of packed B[C, C] = W^T, or W itself.
