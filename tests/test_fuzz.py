@@ -75,7 +75,7 @@ def test_mixer_eval(seed):
 def test_fused(seed):
     draw = random.Random(seed)
     operation = fused(draw)
-    call = operation.call(draw.choice(["nchw", "channels_last"]))
+    call = operation.call(draw.choice(["nchw", "channels_last"]), draw.choice([torch.float32, torch.bfloat16]))
     if draw.random() < 0.3 and operation.x[3] > 1:  # strided images are copied first
         call = call.map(lambda name, t: t[..., ::2] if name == "x" else t)
     with native_tier.instruction_set(draw.choice(native_tier.runnable_variants())):

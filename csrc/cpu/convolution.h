@@ -1,5 +1,5 @@
 // Convolutions of 3x3 pixels and means over pixels, on images whose channels stand side by side, and how they
-// come to stand so. float32.
+// come to stand so.
 #pragma once
 
 #include "linear.h"
@@ -11,9 +11,11 @@ SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 // y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
 // ordered by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in
 // scratch with the padding at their ends: copied from memory, or made there by the convolution before.
-template <int VB>
+//
+// Lines of planes are float32, as sums of three values are too short to be taken in pairs.
+template <class S, int VB>
 struct Conv3x3 {
-  using Params = shvit::Conv3x3Params;
+  using Params = shvit::Conv3x3Params<S>;
   static constexpr int kTile = kTileRows<VB, true> == 12 ? 14 : kTileRows<VB, true>;  // pixels
   // Bands of rows of an image, for several threads. The first row of one makes a row of its source again.
   static constexpr int64_t kBands = 8, kBandsOfThread = 2, kRowsWithSource = 7;
@@ -21,20 +23,22 @@ struct Conv3x3 {
 
   // Rows of x in scratch: `planes` of (width + 2) pixels of `values` channels.
   struct Lines {
-    int64_t planes, values, plane_floats;
+    int64_t planes, values, plane_size;
     explicit Lines(const Params& a)
         : planes(a.channels_last ? 1 : a.channels),
           values(a.channels_last ? a.channels : 1),
-          plane_floats((a.width + 2) * values) {}
-    int64_t floats() const { return planes * plane_floats; }
+          plane_size((a.width + 2) * values) {}
+    int64_t size() const { return planes * plane_size; }
   };
+  template <bool Planar>
+  using Line = std::conditional_t<Planar, float, S>;
 
   // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels. `Planes` of
   // them, where that is not 0: the loops of so short sums are unrolled.
   template <bool Planar, int64_t Planes>
   struct Patches {
     Lines lines;
-    const float* line[3];  // null outside
+    const Line<Planar>* line[3];  // null outside
 
     template <class Visit>
     SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
@@ -44,91 +48,111 @@ struct Conv3x3 {
         if (!line[ky]) continue;
 #pragma GCC unroll 3
         for (int64_t plane = 0; plane < planes; ++plane)
-          visit(MatrixView<float>{line[ky] + plane * lines.plane_floats + 2 * first * values, 2 * values, 1},
-                3 * values, 3 * ky * planes * values + plane, planes);
+          visit(
+              MatrixView<Line<Planar>>{line[ky] + plane * lines.plane_size + 2 * first * values, 2 * values, 1},
+              3 * values, 3 * ky * planes * values + plane, planes);
       }
     }
   };
 
-  // Rows of one image, from the first one asked for on.
+  // Rows of x from memory.
+  struct NoSource {};
+
+  // Rows of one image, from the first one asked for on. `source` makes those of x, if it is no NoSource.
+  template <bool Planar, class Source>
   class Rows {
    public:
-    Rows(const Params& a, int64_t image, int64_t first, Rows* source, float* memory)
+    Rows(const Params& a, int64_t image, int64_t first, Source source, Bump& bump)
         : a_(a),
           lines_(a),
-          x_(source ? nullptr : a.x + image * a.channels * a.height * a.width),
+          x_(kFromMemory ? a.x + image * a.channels * a.height * a.width : nullptr),
           first_(first),
           read_(max64(0, 2 * first - 1)),
           source_(source),
-          memory_(memory) {}
+          memory_(bump.take<Line<Planar>>(3 * lines_.size())),
+          weight_(in_type<Line<Planar>, VB>(a.weight, weight_size(a), bump)) {}
 
-    void make(int64_t row, float* y) {
+    void make(int64_t row, S* y) {
       for (; read_ < min64(2 * row + 2, a_.height); ++read_) read(line(read_));
-      if (a_.channels_last) {
-        multiply<false, 1>(row, y);
-      } else if (a_.channels == 3) {
-        multiply<true, 3>(row, y);
+      if (Planar && a_.channels == 3) {
+        multiply<3>(row, y);
       } else {
-        multiply<true, 0>(row, y);
+        multiply<Planar ? 0 : 1>(row, y);
       }
     }
 
    private:
-    template <bool Planar, int64_t Planes>
-    void multiply(int64_t row, float* y) const {
+    static constexpr bool kFromMemory = std::is_same_v<Source, NoSource>;
+
+    template <int64_t Planes>
+    void multiply(int64_t row, S* y) const {
       Patches<Planar, Planes> patches{lines_, {}};
       for (int64_t ky = 0; ky < 3; ++ky) {
         const int64_t from = 2 * row + ky - 1;
         patches.line[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
       }
-      gemm_packed<float, VB, kTile>(
-          halved(a_.width), patches, PackedWeights<float>{a_.weight, 9 * a_.channels, row == first_}, 0,
-          a_.outputs, LinearFinish<float>{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+      gemm_packed<Line<Planar>, VB, kTile>(
+          halved(a_.width), patches, PackedWeights<Line<Planar>>{weight_, 9 * a_.channels, row == first_}, 0,
+          a_.outputs, LinearFinish<S>{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
     }
 
     // A row of outputs needs the last line of the one before, so three lines take turns.
-    float* line(int64_t row) const { return memory_ + row % 3 * lines_.floats(); }
+    Line<Planar>* line(int64_t row) const { return memory_ + row % 3 * lines_.size(); }
 
-    void read(float* line) {
+    void read(Line<Planar>* line) {
       const int64_t values = lines_.values, count = a_.width * values;
-      for (int64_t plane = 0; plane < lines_.planes; ++plane, line += lines_.plane_floats) {
-        fill(line, values, 0.0f);
-        if (source_) {
-          source_->make(read_, line + values);
-        } else {
-          const float* from = x_ + (plane * a_.height + read_) * count;
+      for (int64_t plane = 0; plane < lines_.planes; ++plane, line += lines_.plane_size) {
+        fill(line, values, Line<Planar>{});
+        if constexpr (kFromMemory) {
+          const S* from = x_ + (plane * a_.height + read_) * count;
           copy_row<VB>(from, line + values, count);
           if (read_ + kLinesAhead < a_.height) prefetch(from + kLinesAhead * count, count);
+        } else {
+          source_.make(read_, line + values);
         }
-        fill(line + values + count, values, 0.0f);
+        fill(line + values + count, values, Line<Planar>{});
       }
     }
 
     const Params& a_;
     const Lines lines_;
-    const float* x_;
+    const S* x_;
     const int64_t first_;
     int64_t read_;
-    Rows* source_;
-    float* memory_;
+    Source source_;
+    Line<Planar>* memory_;
+    const Line<Planar>* weight_;
   };
+
+  static int64_t weight_size(const Params& a) { return round_up(a.outputs, kPanel) * 9 * a.channels; }
+  // What Rows take.
+  static void take(const Params& a, Bump& bump) {
+    if (a.channels_last) {
+      bump.take<S>(3 * Lines(a).size());
+    } else {
+      bump.take<float>(3 * Lines(a).size());
+      take_in_type<float, S>(weight_size(a), bump);
+    }
+  }
 
   static Parts bands(const Params& a) {
     const int64_t rows = halved(a.height);
     if (!a.source) return {rows, min64(rows, kBands)};
     return {rows, min64(ceil_div(rows, kRowsWithSource), kBandsOfThread * a.threads)};
   }
-  static int64_t lines_floats(const Params& a) { return 3 * Lines(a).floats(); }
   static int64_t flops(const Params& a) {
     return 18 * a.images * halved(a.height) * halved(a.width) * a.channels * a.outputs;
   }
 
   static Plan plan(const Params& a) {
-    Plan plan = single_phase<float>(a.images * bands(a).parts, flops(a), lines_floats(a));
+    Plan plan = single_phase<S>(a.images * bands(a).parts, flops(a), 0);
+    Bump bump(nullptr);
+    take(a, bump);
     if (a.source) {
       plan.flops += flops(*a.source);
-      plan.scratch_bytes += single_phase<float>(1, 0, lines_floats(*a.source)).scratch_bytes;
+      take(*a.source, bump);
     }
+    plan.scratch_bytes = bump.used();
     return plan;
   }
 
@@ -136,59 +160,68 @@ struct Conv3x3 {
     const Parts all = bands(a);
     const int64_t image = task / all.parts, begin = all.begin(task % all.parts),
                   end = all.end(task % all.parts);
-    const int64_t row_floats = halved(a.width) * a.outputs;
     Bump bump(memory);
-    float* lines = bump.take<float>(lines_floats(a));
-    const Params& first = a.source ? *a.source : a;
-    Rows source(first, image, max64(0, 2 * begin - 1), nullptr,
-                a.source ? bump.take<float>(lines_floats(first)) : nullptr);
-    Rows rows(a, image, begin, a.source ? &source : nullptr, lines);
-    for (int64_t row = begin; row < end; ++row)
-      rows.make(row, a.y + (image * halved(a.height) + row) * row_floats);
+    const auto make = [&](auto rows) {
+      for (int64_t row = begin; row < end; ++row)
+        rows.make(row, a.y + (image * halved(a.height) + row) * halved(a.width) * a.outputs);
+    };
+    const auto alone = [&](const Params& of, int64_t first, auto then) {
+      if (of.channels_last) {
+        then(Rows<false, NoSource>(of, image, first, {}, bump));
+      } else {
+        then(Rows<true, NoSource>(of, image, first, {}, bump));
+      }
+    };
+    if (a.source) {  // which makes channels stand side by side
+      alone(*a.source, max64(0, 2 * begin - 1),
+            [&](auto source) { make(Rows<false, decltype(source)>(a, image, begin, source, bump)); });
+    } else {
+      alone(a, begin, make);
+    }
   }
 };
 
 // y = relu?(conv(x) + b) of each channel alone, 3x3, padding 1, stride 1 or 2; weights [9, C]. Rows of x come
 // from memory, or are made in scratch, a band at a time, by the pointwise layer before.
-template <int VB>
+template <class S, int VB>
 struct Depthwise {
-  using Params = shvit::DepthwiseParams;
+  using Params = shvit::DepthwiseParams<S>;
   using V = Vec<float, VB>;
   static constexpr int W = kLanes<float, VB>;
-  static constexpr int64_t kBandFloats = 32 << 10, kSourceFloats = 128 << 10;
+  static constexpr int64_t kBandSize = (128 << 10) / sizeof(S), kSourceSize = (512 << 10) / sizeof(S);
 
   static int64_t out_height(const Params& a) { return a.stride == 2 ? halved(a.height) : a.height; }
   static int64_t out_width(const Params& a) { return a.stride == 2 ? halved(a.width) : a.width; }
-  static int64_t row_floats(const Params& a) { return a.width * a.channels; }
+  static int64_t row_size(const Params& a) { return a.width * a.channels; }
   static Parts bands(const Params& a) {
     const int64_t rows = out_height(a);
-    if (!a.source) return {rows, min64(rows, ceil_div(rows * out_width(a) * a.channels, kBandFloats))};
+    if (!a.source) return {rows, min64(rows, ceil_div(rows * out_width(a) * a.channels, kBandSize))};
     // Neighbours make a row twice, so bands are few.
-    return {rows, ceil_div(rows, max64(1, (kSourceFloats / row_floats(a) - 3) / a.stride + 1))};
+    return {rows, ceil_div(rows, max64(1, (kSourceSize / row_size(a) - 3) / a.stride + 1))};
   }
   // Rows of x that a band reads.
   static int64_t first_source_row(const Params& a, int64_t begin) { return max64(0, a.stride * begin - 1); }
   static int64_t end_source_row(const Params& a, int64_t end) {
     return min64(a.height, a.stride * (end - 1) + 2);
   }
-  static int64_t source_floats(const Params& a) {
+  static int64_t source_size(const Params& a) {
     const Parts all = bands(a);
-    return a.source ? (a.stride * (ceil_div(all.n, all.parts) - 1) + 3) * row_floats(a) : 0;
+    return a.source ? (a.stride * (ceil_div(all.n, all.parts) - 1) + 3) * row_size(a) : 0;
   }
 
   static Plan plan(const Params& a) {
     const int64_t flops = 18 * out_height(a) * out_width(a) * a.channels +
                           (a.source ? 2 * a.height * a.width * a.source->inputs * a.channels : 0);
-    return single_phase<float>(a.images * bands(a).parts, a.images * flops, row_floats(a) + source_floats(a));
+    return single_phase<S>(a.images * bands(a).parts, a.images * flops, row_size(a) + source_size(a));
   }
 
   // A row of zeros stands for those above and below the image.
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
     const int64_t image = task / all.parts, band = task % all.parts;
-    float* zero = Bump(memory).take<float>(row_floats(a) + source_floats(a));
-    fill(zero, row_floats(a), 0.0f);
-    const Band rows = band_of(a, image, all.begin(band), all.end(band), zero, zero + row_floats(a));
+    S* zero = Bump(memory).take<S>(row_size(a) + source_size(a));
+    fill(zero, row_size(a), S{});
+    const Band rows = band_of(a, image, all.begin(band), all.end(band), zero, zero + row_size(a));
     if (a.stride == 2) {
       run_band<2>(a, rows);
     } else {
@@ -199,20 +232,19 @@ struct Depthwise {
   // Rows of outputs, and where those of x lie, from `first` on.
   struct Band {
     int64_t image, begin, end, first;
-    const float *x, *zero;
+    const S *x, *zero;
   };
 
-  static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const float* zero,
-                      float* made) {
-    if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_floats(a), zero};
+  static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const S* zero, S* made) {
+    if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_size(a), zero};
     const int64_t first = first_source_row(a, begin);
-    shvit::PointwiseParams source = *a.source;
+    shvit::PointwiseParams<S> source = *a.source;
     source.images = 1;
     source.tokens = (end_source_row(a, end) - first) * a.width;
     source.x += (image * a.height + first) * a.width * source.inputs;
     source.y = made;
-    const int64_t tasks = Pointwise<VB>::tasks(source).count();
-    for (int64_t task = 0; task < tasks; ++task) Pointwise<VB>::run(source, 0, task, nullptr);
+    const int64_t tasks = Pointwise<S, VB>::tasks(source).count();
+    for (int64_t task = 0; task < tasks; ++task) Pointwise<S, VB>::run(source, 0, task, nullptr);
     return {image, begin, end, first, made, zero};
   }
 
@@ -233,21 +265,22 @@ struct Depthwise {
   template <int Stride, int Lanes>
   SHVIT_INLINE static void run_channels(const Params& a, const Band& band, int64_t channel, int64_t valid) {
     const int64_t C = a.channels, out = out_width(a);
-    const auto get = [&](const float* p)
-                         SHVIT_INLINE_LAMBDA { return Lanes == W ? load<V>(p) : load_some<VB>(p, valid); };
+    const auto get = [&](const S* p) SHVIT_INLINE_LAMBDA {
+      return Lanes == W ? load_wide<VB>(p) : load_some<VB>(p, valid);
+    };
     V w[9];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) w[i] = get(a.weight + i * C + channel);
     const V bias = get(a.bias + channel);
     for (int64_t row = band.begin; row < band.end; ++row) {
-      const float* from[3];
+      const S* from[3];
 #pragma GCC unroll 3
       for (int ky = 0; ky < 3; ++ky) {
         const int64_t source = Stride * row + ky - 1;
         const bool inside = source >= 0 && source < a.height;
-        from[ky] = (inside ? band.x + (source - band.first) * row_floats(a) : band.zero) + channel;
+        from[ky] = (inside ? band.x + (source - band.first) * row_size(a) : band.zero) + channel;
       }
-      float* y = a.y + ((band.image * out_height(a) + row) * out) * C + channel;
+      S* y = a.y + ((band.image * out_height(a) + row) * out) * C + channel;
       const auto pixel = [&](int64_t column, auto left, auto right) SHVIT_INLINE_LAMBDA {
         V sum = bias;
         const int64_t at = (Stride * column - 1) * C;
@@ -258,7 +291,7 @@ struct Depthwise {
             sum += get(from[ky] + at + kx * C) * w[3 * ky + kx];
         if (a.relu) sum = max0(sum);
         if (Lanes == W) {
-          store(y + column * C, sum);
+          store_narrow<VB>(y + column * C, sum);
         } else {
           store_some<VB>(y + column * C, sum, valid);
         }
@@ -278,47 +311,47 @@ struct Depthwise {
 };
 
 // Channels side by side, from planes.
-template <int VB>
+template <class S, int VB>
 struct ToRows {
-  using Params = shvit::RowsParams;
+  using Params = shvit::RowsParams<S>;
   static constexpr int64_t kChannels = 4 * kPanel;  // of a task
 
   static int64_t blocks(const Params& a) { return ceil_div(a.channels, kChannels); }
   static Plan plan(const Params& a) {
-    return single_phase<float>(a.images * blocks(a), a.images * a.pixels * a.channels, 0);
+    return single_phase<S>(a.images * blocks(a), a.images * a.pixels * a.channels, 0);
   }
 
   static void run(const Params& a, int, int64_t task, char*) {
     const int64_t image = task / blocks(a), channel = task % blocks(a) * kChannels;
     const int64_t at = image * a.channels * a.pixels, channels = min64(kChannels, a.channels - channel);
-    const float* x = a.x + at + channel * a.pixels;
+    const S* x = a.x + at + channel * a.pixels;
     if (task + 1 < a.images * blocks(a)) prefetch(x + channels * a.pixels, channels * a.pixels);
     transpose(x, a.pixels, channels, a.pixels, a.y + at + channel, a.channels);
   }
 };
 
 // y[image][channel]: the mean over all pixels.
-template <int VB>
+template <class S, int VB>
 struct Pool {
-  using Params = shvit::PoolParams;
+  using Params = shvit::PoolParams<S>;
   static constexpr int64_t kRows = 64;  // summed for themselves: sums of sums round less than one long sum
 
   static Plan plan(const Params& a) {
-    return single_phase<float>(a.images, a.images * a.pixels * a.channels, a.channels);
+    return single_phase<float>(a.images, a.images * a.pixels * a.channels, 2 * a.channels);
   }
 
   static void run(const Params& a, int, int64_t image, char* memory) {
     const int64_t C = a.channels;
-    float *part = Bump(memory).take<float>(C), *y = a.y + image * C;
-    const float* x = a.x + image * a.pixels * C;
-    fill(y, C, 0.0f);
+    float *sum = Bump(memory).take<float>(2 * C), *part = sum + C;
+    const S* x = a.x + image * a.pixels * C;
+    fill(sum, C, 0.0f);
     for (int64_t first = 0; first < a.pixels; first += kRows) {
       fill(part, C, 0.0f);
       for (int64_t row = first; row < min64(first + kRows, a.pixels); ++row)
-        for (int64_t c = 0; c < C; ++c) part[c] += x[row * C + c];
-      for (int64_t c = 0; c < C; ++c) y[c] += part[c];
+        for (int64_t c = 0; c < C; ++c) part[c] += widen(x[row * C + c]);
+      for (int64_t c = 0; c < C; ++c) sum[c] += part[c];
     }
-    for (int64_t c = 0; c < C; ++c) y[c] /= static_cast<float>(a.pixels);
+    for (int64_t c = 0; c < C; ++c) narrow(a.y + image * C + c, sum[c] / static_cast<float>(a.pixels));
   }
 };
 

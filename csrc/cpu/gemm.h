@@ -41,6 +41,60 @@ struct WholeRows {
   }
 };
 
+// A step of a product along K: what is read of A and of B at a time, and how it adds to float sums.
+template <class T, int VB>
+struct Step {
+  static constexpr int64_t kDepth = 1;  // rows of B
+  using Sum = Vec<T, VB>;
+  static SHVIT_INLINE T value(const T* a) { return *a; }
+  static SHVIT_INLINE Sum row(const T* b, int64_t) { return load<Sum>(b); }
+  static SHVIT_INLINE void add(Sum& sum, T a, Sum b) { sum += a * b; }
+};
+
+// In bfloat16 two rows of B side by side in each lane, as instructions for it want them, and two values of A in
+// every lane. Without such instructions both products are added in float32.
+template <int VB>
+struct Step<BFloat16, VB> {
+  static constexpr int64_t kDepth = 2;
+  using Sum = Vec<float, VB>;
+  using Pairs = Vec<uint32_t, VB>;
+
+  static SHVIT_INLINE Pairs value(const BFloat16* a) {
+    uint32_t both;
+    __builtin_memcpy(&both, a, sizeof both);
+    return Pairs{} + both;
+  }
+  static SHVIT_INLINE Pairs last_value(const BFloat16* a) { return Pairs{} + uint32_t{a->bits}; }
+  static SHVIT_INLINE Pairs row(const BFloat16* b, int64_t next) {
+#if SHVIT_BFLOAT16
+    if constexpr (VB == 64) {  // all of a panel's row, and the next one behind it
+      typedef uint16_t Words __attribute__((vector_size(64)));
+      constexpr Words kInterleaved = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      return (Pairs)_mm512_permutexvar_epi16((__m512i)kInterleaved, load<__m512i>(b));
+    }
+#endif
+    return last_row(b) | last_row(b + next) << 16;
+  }
+  static SHVIT_INLINE Pairs last_row(const BFloat16* b) {
+    return __builtin_convertvector(load<Vec<uint16_t, VB / 2>>(b), Pairs);
+  }
+  static SHVIT_INLINE void add(Sum& sum, Pairs a, Pairs b) {
+#if SHVIT_BFLOAT16
+    if constexpr (VB == 64) {
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    } else {
+      static_assert(VB == 32);
+      sum = _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
+    }
+#else
+    constexpr uint32_t kHigh = 0xffff0000;
+    sum += (Sum)(a << 16) * (Sum)(b << 16);
+    sum += (Sum)(a & kHigh) * (Sum)(b & kHigh);
+#endif
+  }
+};
+
 // Rows per tile. Products by packed weights are deep: as many accumulators as the registers hold beside one row
 // of B and a broadcast. Those of panels are shallow: as many as hide the latency of a sum. Macros like
 // __AVX512F__ do not follow the target of a pragma, so each variant says what it has.
@@ -68,15 +122,17 @@ struct Ahead {
 
 // What a tile reads and writes in the end: a row of it is brought into the first-level cache with every
 // Ahead::kRows rows of B.
+template <class S>
 struct EndsAhead {
-  const char *written = nullptr, *read = nullptr;  // read may be null
-  int64_t distance = 0;                            // from one row to the next
+  const S *written = nullptr, *read = nullptr;  // read may be null
+  int64_t distance = 0;                         // from one row to the next
   int rows = 0;
 
-  template <int Bytes>
+  template <int Columns>
   SHVIT_INLINE void next_row() {
+    constexpr int kStep = Ahead::kLine / sizeof(S);
 #pragma GCC unroll 4
-    for (int i = 0; i < Bytes; i += static_cast<int>(Ahead::kLine)) {
+    for (int i = 0; i < Columns; i += kStep) {
       __builtin_prefetch(written + i, 1);
       if (read) __builtin_prefetch(read + i, 0);
     }
@@ -95,34 +151,47 @@ SHVIT_INLINE void prefetch(const T* data, int64_t count) {
 
 // NV vectors, and half a vector more with Half. The sums go to finish(first row, sums), those of half vectors
 // to finish.behind(NV vectors).
-template <class T, int VB, int MR, int NV, bool Half = false, bool Ends = false, class A, class Finish>
+template <class T, int VB, int MR, int NV, bool Half = false, bool Ends = false, class A, class Finish,
+          class S = T>
 SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish, Ahead ahead = {},
-                            EndsAhead ends = {}) {
-  using V = Vec<T, VB>;
-  using H = Vec<T, Half ? VB / 2 : VB>;
-  V acc[MR][NV] = {};
-  H half_acc[MR][1] = {};
+                            EndsAhead<S> ends = {}) {
+  using Whole = Step<T, VB>;
+  using Halved = Step<T, Half ? VB / 2 : VB>;
+  static_assert(!Half || Whole::kDepth == 1);
+  typename Whole::Sum acc[MR][NV] = {};
+  typename Halved::Sum half_acc[MR][1] = {};
   a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
     const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
+    const int64_t next = b_step * b.row_stride;
+    constexpr int64_t kDepth = Whole::kDepth;
     const auto rows_of_b = [&](int64_t k, int64_t end, auto with_ends) SHVIT_INLINE_LAMBDA {
-      for (; k < end; ++k, ak += piece.col_stride, bk += b_step * b.row_stride) {
+      for (; k + kDepth <= end; k += kDepth, ak += kDepth * piece.col_stride, bk += kDepth * next) {
         if (k % Ahead::kRows == 0) {
           for (int64_t i = 0; i < ahead.lines && ahead.next < ahead.end; ++i, ahead.next += Ahead::kLine)
             __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
-          if constexpr (decltype(with_ends)::value) ends.template next_row<NV * VB>();
+          if constexpr (decltype(with_ends)::value) ends.template next_row<NV * kSumLanes<T, VB>>();
         }
-        V row[NV];
+        decltype(Whole::row(bk, next)) row[NV];
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + j * b.vector_stride);
-        H half_row{};
-        if constexpr (Half) half_row = load<H>(bk + NV * b.vector_stride);
+        for (int j = 0; j < NV; ++j) row[j] = Whole::row(bk + j * b.vector_stride, next);
+        decltype(Halved::row(bk, next)) half_row{};
+        if constexpr (Half) half_row = Halved::row(bk + NV * b.vector_stride, next);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
-          const T s = ak[i * piece.row_stride];
+          const auto s = Whole::value(ak + i * piece.row_stride);
 #pragma GCC unroll 4
-          for (int j = 0; j < NV; ++j) acc[i][j] += s * row[j];
-          if constexpr (Half) half_acc[i][0] += s * half_row;
+          for (int j = 0; j < NV; ++j) Whole::add(acc[i][j], s, row[j]);
+          if constexpr (Half) Halved::add(half_acc[i][0], s, half_row);
         }
+      }
+      if constexpr (kDepth > 1) {
+        if (k == end) return;
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j)
+            Whole::add(acc[i][j], Whole::last_value(ak + i * piece.row_stride),
+                       Whole::last_row(bk + j * b.vector_stride));
       }
     };
     if constexpr (Ends) {  // in a loop of their own: the other one would take 3% longer with them
@@ -272,7 +341,7 @@ struct ColumnsFrom {
   SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
     finish(first, n, acc);
   }
-  SHVIT_INLINE EndsAhead ends(int64_t first, int rows) const
+  SHVIT_INLINE auto ends(int64_t first, int rows) const
     requires requires { finish.ends(first, n, rows); }
   {
     return finish.ends(first, n, rows);
@@ -304,7 +373,7 @@ struct PackedWeights {
 template <class T, int VB, int MR, int NV, class A, class Finish>
 SHVIT_INLINE int64_t packed_columns(int64_t M, A a, PackedWeights<T> b, int64_t n, int64_t end, int64_t rest,
                                     Finish finish) {
-  constexpr int64_t W = kLanes<T, VB>;
+  constexpr int64_t W = kSumLanes<T, VB>;
   for (; end - n > rest; n += NV * W)
     gemm_column<T, VB, NV, MR>(M, a, {b.at(n), kPanel, W < kPanel ? W : b.rows * kPanel},
                                ColumnsFrom<Finish, W>{finish, n}, b.ahead(n, NV * W));
@@ -315,7 +384,7 @@ SHVIT_INLINE int64_t packed_columns(int64_t M, A a, PackedWeights<T> b, int64_t 
 // finish(first row, first column, sums). Sums over K stay in one register.
 template <class T, int VB, int MR, class A, class Finish>
 SHVIT_INLINE void gemm_packed(int64_t M, A a, PackedWeights<T> b, int64_t begin, int64_t end, Finish finish) {
-  constexpr int64_t W = kLanes<T, VB>;
+  constexpr int64_t W = kSumLanes<T, VB>;
   constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
   int64_t n = packed_columns<T, VB, MR, 2>(M, a, b, begin, end, W + kHalf, finish);
   n = packed_columns<T, VB, MR, 1>(M, a, b, n, end, kHalf, finish);

@@ -11,6 +11,10 @@ namespace shvit {
 
 constexpr int kMaxPhases = 20;
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
 struct Plan {
   int phases = 0;
   int64_t tasks[kMaxPhases] = {};
@@ -121,13 +125,14 @@ struct MixerEvalParams {
 // Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
 constexpr int64_t kPanel = 16;
 
-// The operators of fused models: float32, images whose channels stand side by side ([B, H, W, C]), packed
-// weights and a bias for each output.
+// The operators of fused models: images whose channels stand side by side ([B, H, W, C]), packed weights and a
+// bias for each output, all of type S.
+template <class S>
 struct Conv3x3Params {
   int64_t images, channels, height, width, outputs;  // stride 2, padding 1
   bool channels_last, relu;                          // of x; y always is
-  const float *x, *weight, *bias;                    // weight: [9 * channels, outputs], packed
-  float* y;
+  const S *x, *weight, *bias;                        // weight: [9 * channels, outputs], packed
+  S* y;
   const Conv3x3Params* source;  // makes x row by row, or null; its y is not used
   int64_t threads;              // for which images are cut
   void* workspace;
@@ -135,48 +140,54 @@ struct Conv3x3Params {
 
 enum class Activation { kNone, kRelu, kSigmoid };
 
+template <class S>
 struct PointwiseParams {
   int64_t images, tokens, inputs, outputs;
   Activation activation;
-  const float *x, *scale, *weight, *bias;  // scale: [images, inputs] or null
-  float* y;
+  const S *x, *scale, *weight, *bias;  // scale: [images, inputs] or null
+  S* y;
   void* workspace;
 };
 
+template <class S>
 struct DepthwiseParams {
   int64_t images, channels, height, width, stride;  // stride 1 or 2, padding 1
   bool relu;
-  const float *x, *weight, *bias;  // weight: [9, channels], plain
-  float* y;
-  const PointwiseParams* source;  // makes x band by band, or null; its y is not used
+  const S *x, *weight, *bias;  // weight: [9, channels], plain
+  S* y;
+  const PointwiseParams<S>* source;  // makes x band by band, or null; its y is not used
   void* workspace;
 };
 
+template <class S>
 struct FfnParams {
   int64_t rows, channels, hidden;
-  const float *x, *weight1, *bias1, *weight2, *bias2;
-  float* y;
+  const S *x, *weight1, *bias1, *weight2, *bias2;
+  S* y;
   void* workspace;
 };
 
+template <class S>
 struct MixerParams {
-  ShsaForwardParams attention;  // channels_last, with ReLU; y and workspace are ours
-  const float *weight, *bias;   // the projection
-  float* y;
+  ShsaForwardParams attention;  // channels_last, with ReLU, its parameters of type S; y and workspace are ours
+  const S *weight, *bias;       // the projection
+  S* y;
   void* workspace;
 };
 
+template <class S>
 struct RowsParams {
   int64_t images, channels, pixels;
-  const float* x;  // [images, channels, pixels]
-  float* y;        // [images, pixels, channels]
+  const S* x;  // [images, channels, pixels]
+  S* y;        // [images, pixels, channels]
   void* workspace;
 };
 
+template <class S>
 struct PoolParams {
   int64_t images, pixels, channels;
-  const float* x;
-  float* y;
+  const S* x;
+  S* y;
   void* workspace;
 };
 
@@ -194,14 +205,15 @@ struct Kernels {
   Kernel<FoldParams> fold;
 };
 
+template <class S>
 struct FusedKernels {
-  Kernel<Conv3x3Params> conv3x3;
-  Kernel<DepthwiseParams> depthwise;
-  Kernel<PointwiseParams> pointwise;
-  Kernel<FfnParams> ffn;
-  Kernel<MixerParams> mixer;
-  Kernel<PoolParams> pool;
-  Kernel<RowsParams> rows;
+  Kernel<Conv3x3Params<S>> conv3x3;
+  Kernel<DepthwiseParams<S>> depthwise;
+  Kernel<PointwiseParams<S>> pointwise;
+  Kernel<FfnParams<S>> ffn;
+  Kernel<MixerParams<S>> mixer;
+  Kernel<PoolParams<S>> pool;
+  Kernel<RowsParams<S>> rows;
 };
 
 struct MixerKernels {
@@ -210,18 +222,20 @@ struct MixerKernels {
   Kernel<MixerEvalParams> eval;
 };
 
-// The kernels compiled for one instruction set, for each storage type; those of fused models in float32.
+// The kernels compiled for one instruction set, for each storage type.
 struct Variant {
   const char* name;
   Kernels float32, float64, bfloat16;
   MixerKernels mixer_float32, mixer_float64;
-  FusedKernels fused;
+  FusedKernels<float> fused_float32;
+  FusedKernels<BFloat16> fused_bfloat16;
   double (*fma_flops)(int64_t repeats);  // runs fused multiply-adds in registers, returns how many operations
 };
 
 extern const Variant kBaseline, kBaselineWide;
 #if defined(__x86_64__)
 extern const Variant kAvx2, kAvx2Wide, kAvx512;
+extern const FusedKernels<BFloat16> kAvx512Bf16;  // in which it differs from kAvx512
 #endif
 
 }  // namespace shvit

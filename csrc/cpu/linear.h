@@ -1,5 +1,5 @@
 // Linear layers on rows of tokens, with packed weights: y = x W + b, alone or two with ReLU between them
-// (design section 2, FFN of a block). float32.
+// (design section 2, FFN of a block).
 #pragma once
 
 #include "panel.h"
@@ -10,27 +10,25 @@ using shvit::Activation;
 
 // Where a product goes: y[row][column] = sum (+ bias) (+ residual), then ReLU or not. Rows of y and of the
 // residual are `ld` values apart and `columns` long.
-template <class T>
+template <class S>
 struct LinearFinish {
   static constexpr bool kDeep = true;
-  const T *bias, *residual;
-  T* y;
+  const S *bias, *residual;
+  S* y;
   int64_t columns, ld;
   bool relu;
 
-  SHVIT_INLINE EndsAhead ends(int64_t row, int64_t column, int rows) const {
+  SHVIT_INLINE EndsAhead<S> ends(int64_t row, int64_t column, int rows) const {
     const int64_t at = row * ld + column;
-    return {reinterpret_cast<const char*>(y + at),
-            reinterpret_cast<const char*>(residual ? residual + at : nullptr),
-            ld * static_cast<int64_t>(sizeof(T)), rows};
+    return {y + at, residual ? residual + at : nullptr, ld, rows};
   }
 
   template <class V, int MR, int NV>
   SHVIT_INLINE void operator()(int64_t row, int64_t column, V (&acc)[MR][NV]) const {
-    constexpr int W = kLanes<T, sizeof(V)>;
+    constexpr int VB = sizeof(V), W = kSumLanes<S, VB>;
     const int64_t last = columns - column - (NV - 1) * W;  // values of the last vector, which can be cut
-    const auto get = [&](const T* p, int j) SHVIT_INLINE_LAMBDA {
-      return j < NV - 1 || last >= W ? load<V>(p + j * W) : load_some<sizeof(V)>(p + j * W, last);
+    const auto get = [&](const S* p, int j) SHVIT_INLINE_LAMBDA {
+      return j < NV - 1 || last >= W ? load_wide<VB>(p + j * W) : load_some<VB>(p + j * W, last);
     };
     V b[NV] = {};  // added last: a large one would cost every partial sum its low bits
     if (bias) {
@@ -46,9 +44,9 @@ struct LinearFinish {
         if (residual) v += get(residual + at, j);
         if (relu) v = max0(v);
         if (j < NV - 1 || last >= W) {
-          store(y + at + j * W, v);
+          store_narrow<VB>(y + at + j * W, v);
         } else {
-          store_some<sizeof(V)>(y + at + j * W, v, last);
+          store_some<VB>(y + at + j * W, v, last);
         }
       }
     }
@@ -67,15 +65,15 @@ struct LinearFinish {
 // The rows of a product, cut so that what a block of rows touches stays in the second-level cache. Few rows are
 // one block, whose columns are cut instead.
 struct LinearTasks {
-  static constexpr int64_t kFewRows = 64, kMostRows = 128, kCacheFloats = 128 << 10, kColumns = 4 * kPanel;
+  static constexpr int64_t kFewRows = 64, kMostRows = 128, kCacheBytes = 512 << 10, kColumns = 4 * kPanel;
   Parts rows, columns;
 
-  // `row_floats`: what a row touches.
-  LinearTasks(int64_t M, int64_t N, int64_t row_floats) : rows{M, 1}, columns{N, 1} {
+  // `row_bytes`: what a row touches.
+  LinearTasks(int64_t M, int64_t N, int64_t row_bytes) : rows{M, 1}, columns{N, 1} {
     if (M <= kFewRows) {
       columns.parts = ceil_div(N, kColumns);
     } else {
-      const int64_t most = max64(24, min64(kMostRows, kCacheFloats / row_floats));
+      const int64_t most = max64(24, min64(kMostRows, kCacheBytes / row_bytes));
       rows.parts = round_up(ceil_div(M, most), 4);  // even for several threads
     }
   }
@@ -88,65 +86,83 @@ struct LinearTasks {
   int64_t end_column(int64_t task) const { return few() ? min64(columns.n, (task + 1) * kColumns) : columns.n; }
 };
 
+// Values in the type that a kernel computes with: themselves, or converted in scratch. Null stays.
+template <class To, int VB, class From>
+SHVIT_INLINE const To* in_type(const From* values, int64_t n, Bump& bump) {
+  if constexpr (std::is_same_v<From, To>) {
+    return values;
+  } else {
+    To* made = bump.take<To>(n);
+    if (values) copy_row<VB>(values, made, n);
+    return values ? made : nullptr;
+  }
+}
+template <class To, class From>
+SHVIT_INLINE void take_in_type(int64_t n, Bump& bump) {
+  if constexpr (!std::is_same_v<From, To>) bump.take<To>(n);
+}
+
 // Rows of a product by packed weights, for a range of columns.
-template <int VB>
-__attribute__((noinline)) void linear_rows(int64_t M, MatrixView<float> x, PackedWeights<float> weight,
-                                           int64_t begin, int64_t end, LinearFinish<float> finish) {
-  constexpr int W = kLanes<float, VB>, kRows = kTileRows<VB, true>;
-  const WholeRows<float> rows{x, weight.rows};
+template <int VB, class S>
+__attribute__((noinline)) void linear_rows(int64_t M, MatrixView<S> x, PackedWeights<S> weight, int64_t begin,
+                                           int64_t end, LinearFinish<S> finish) {
+  constexpr int W = kSumLanes<S, VB>, kRows = kTileRows<VB, true>;
+  const WholeRows<S> rows{x, weight.rows};
   if constexpr (W == kPanel && kRows >= 12) {
     // Few rows wait for the weights, which come faster from more panels at a time.
-    if (M <= 16) begin = packed_columns<float, VB, 4, 4>(M, rows, weight, begin, end, 3 * W, finish);
+    if (M <= 16) begin = packed_columns<S, VB, 4, 4>(M, rows, weight, begin, end, 3 * W, finish);
   }
-  gemm_packed<float, VB, kRows>(M, rows, weight, begin, end, finish);
+  gemm_packed<S, VB, kRows>(M, rows, weight, begin, end, finish);
 }
 
 // y = activation(scale * x W + b); the scale is per image and input channel.
-template <int VB>
+template <class S, int VB>
 struct Pointwise {
-  using Params = shvit::PointwiseParams;
+  using Params = shvit::PointwiseParams<S>;
 
   static LinearTasks tasks(const Params& a) {
-    return {a.images * a.tokens, a.outputs, 2 * a.inputs + a.outputs};
+    return {a.images * a.tokens, a.outputs, (2 * a.inputs + a.outputs) * static_cast<int64_t>(sizeof(S))};
   }
-  static int64_t scratch_floats(const Params& a) { return a.scale ? tasks(a).most_rows() * a.inputs : 0; }
+  static int64_t scratch_values(const Params& a) { return a.scale ? tasks(a).most_rows() * a.inputs : 0; }
 
   static Plan plan(const Params& a) {
-    return single_phase<float>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs,
-                               scratch_floats(a));
+    return single_phase<S>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs, scratch_values(a));
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
     const LinearTasks all = tasks(a);
     const int64_t first = all.first_row(task), rows = all.rows_of(task), K = a.inputs;
-    const float* x = a.x + first * K;
+    const S* x = a.x + first * K;
     if (a.scale) {
-      float* scaled = Bump(memory).take<float>(scratch_floats(a));
+      S* scaled = Bump(memory).take<S>(scratch_values(a));
       for (int64_t row = 0; row < rows; ++row)
         multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scaled + row * K, K);
       x = scaled;
     }
     const int64_t begin = all.first_column(task), end = all.end_column(task);
-    float* y = a.y + first * a.outputs;
-    linear_rows<VB>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
-                    {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
+    S* y = a.y + first * a.outputs;
+    linear_rows<VB, S>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
+                       {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
     if (a.activation == Activation::kSigmoid)
       for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
   }
 };
 
 // y = x + W2 relu(W1 x + b1) + b2. A block of rows keeps its hidden values in scratch; few rows share them.
-template <int VB>
+template <class S, int VB>
 struct Ffn {
-  using Params = shvit::FfnParams;
+  using Params = shvit::FfnParams<S>;
 
   static int64_t hidden_ld(const Params& a) {
     const int64_t ld = round_up(a.hidden, kPanel);
     return ld % 256 ? ld : ld + kPanel;  // rows a power of two apart would share cache sets
   }
-  static LinearTasks first(const Params& a) { return {a.rows, a.hidden, a.channels + hidden_ld(a)}; }
-  static LinearTasks second(const Params& a) { return {a.rows, a.channels, a.channels + hidden_ld(a)}; }
-  static int64_t hidden_floats(const Params& a) { return first(a).most_rows() * hidden_ld(a); }
+  static int64_t row_bytes(const Params& a) {
+    return (a.channels + hidden_ld(a)) * static_cast<int64_t>(sizeof(S));
+  }
+  static LinearTasks first(const Params& a) { return {a.rows, a.hidden, row_bytes(a)}; }
+  static LinearTasks second(const Params& a) { return {a.rows, a.channels, row_bytes(a)}; }
+  static int64_t hidden_values(const Params& a) { return first(a).most_rows() * hidden_ld(a); }
 
   static Plan plan(const Params& a) {
     Plan plan;
@@ -156,31 +172,31 @@ struct Ffn {
     plan.tasks[1] = second(a).count();
     plan.flops = (few ? 2 : 4) * a.rows * a.channels * a.hidden;  // of a phase
     Bump bump(nullptr);
-    bump.take<float>(hidden_floats(a));
+    bump.take<S>(hidden_values(a));
     (few ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
     return plan;
   }
 
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const bool few = first(a).few();
-    float* hidden = Bump(few ? a.workspace : memory).take<float>(hidden_floats(a));
+    S* hidden = Bump(few ? a.workspace : memory).template take<S>(hidden_values(a));
     if (phase == 0) expand(a, task, hidden);
     if (phase == 1 || !few) contract(a, task, hidden);
   }
 
-  static void expand(const Params& a, int64_t task, float* hidden) {
+  static void expand(const Params& a, int64_t task, S* hidden) {
     const LinearTasks all = first(a);
-    linear_rows<VB>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
-                    {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
-                    {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
+    linear_rows<VB, S>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
+                       {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
+                       {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
   }
 
-  static void contract(const Params& a, int64_t task, const float* hidden) {
+  static void contract(const Params& a, int64_t task, const S* hidden) {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
-    linear_rows<VB>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
-                    all.first_column(task), all.end_column(task),
-                    {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+    linear_rows<VB, S>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
+                       all.first_column(task), all.end_column(task),
+                       {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
   }
 };
 

@@ -1,5 +1,5 @@
 // The residual attention layer for inference: y = x + W relu(shsa(x)) + b, on rows of tokens, with a packed
-// projection (design section 2, shsa_mixer). float32.
+// projection (design section 2, shsa_mixer).
 #pragma once
 
 #include "linear.h"
@@ -7,10 +7,10 @@
 
 namespace {
 
-template <int VB>
+template <class S, int VB>
 struct Mixer {
-  using Params = shvit::MixerParams;
-  using Attention = ShsaForward<float, VB>;
+  using Params = shvit::MixerParams<S>;
+  using Attention = ShsaForward<S, VB>;
 
   // Short images, many of them: a group stays in cache from its attention to the residual. Otherwise the
   // attention of all images is staged, and the projection cut as a linear layer is.
@@ -20,16 +20,16 @@ struct Mixer {
   }
   static LinearTasks projection(const Params& a) {
     const Sizes& s = a.attention.sizes;
-    return {s.B * s.N, s.C, 3 * s.C};
+    return {s.B * s.N, s.C, 3 * s.C * static_cast<int64_t>(sizeof(S))};
   }
 
   // A group of short images as a batch of its own.
-  static shvit::ShsaForwardParams attention_of(const Params& a, int64_t group, float* y) {
-    const Groups<float, VB> groups(a.attention.sizes);
-    shvit::ShsaForwardParams one = a.attention;
-    const Sizes& s = a.attention.sizes;
+  static shvit::ShsaForwardParams attention_of(const shvit::ShsaForwardParams& all, int64_t group, S* y) {
+    const Groups<float, VB> groups(all.sizes);
+    shvit::ShsaForwardParams one = all;
+    const Sizes& s = all.sizes;
     one.sizes.B = groups.size(group, s.B);
-    one.x = static_cast<const float*>(one.x) + groups.begin(group) * s.C * s.N;
+    one.x = static_cast<const S*>(one.x) + groups.begin(group) * s.C * s.N;
     one.y = y;
     return one;
   }
@@ -40,13 +40,14 @@ struct Mixer {
     Plan plan = Attention::plan(a.attention);
     Bump scratch(nullptr), workspace(nullptr);
     scratch.take<char>(plan.scratch_bytes);
+    for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) take_in_type<float, S>(n, scratch);
     plan.flops += 2 * s.B * s.N * s.C * s.C;
     if (is_staged(a)) {
       workspace.take<char>(plan.workspace_bytes);
-      workspace.take<float>(s.B * s.N * s.C);
+      workspace.take<S>(s.B * s.N * s.C);
       plan.tasks[plan.phases++] = projection(a).count();
     } else {
-      scratch.take<float>(group_rows(s) * s.C);
+      scratch.take<S>(group_rows(s) * s.C);
     }
     plan.scratch_bytes = scratch.used();
     plan.workspace_bytes = workspace.used();
@@ -56,32 +57,41 @@ struct Mixer {
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Sizes& s = a.attention.sizes;
     const Plan attention = Attention::plan(a.attention);
-    const auto project = [&](int64_t first, int64_t rows, const float* attended, int64_t begin, int64_t end) {
+    const auto project = [&](int64_t first, int64_t rows, const S* attended, int64_t begin, int64_t end) {
       const int64_t at = first * s.C;
-      linear_rows<VB>(rows, {attended, s.C, 1}, {a.weight, s.C, true}, begin, end,
-                      {a.bias, static_cast<const float*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
+      linear_rows<VB, S>(rows, {attended, s.C, 1}, {a.weight, s.C, true}, begin, end,
+                         {a.bias, static_cast<const S*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
     };
+    Bump scratch(memory);
+    char* inner = scratch.take<char>(attention.scratch_bytes);
+    shvit::ShsaForwardParams all = a.attention;
+    if (phase < attention.phases) {
+      const auto parameter = [&](const void*& values, int64_t n) {
+        values = in_type<float, VB>(static_cast<const S*>(values), n, scratch);
+      };
+      parameter(all.norm_weight, s.P);
+      parameter(all.norm_bias, s.P);
+      parameter(all.qkv_weight, s.O() * s.P);
+      parameter(all.qkv_bias, s.O());
+    }
     if (!is_staged(a)) {
-      Bump bump(memory);
-      char* inner = bump.take<char>(attention.scratch_bytes);
-      float* attended = bump.take<float>(group_rows(s) * s.C);
-      const auto group = attention_of(a, task, attended);
+      S* attended = scratch.take<S>(group_rows(s) * s.C);
+      const auto group = attention_of(all, task, attended);
       Attention::run(group, phase, 0, inner);
       project(Groups<float, VB>(s).begin(task) * s.N, group.sizes.B * s.N, attended, 0, s.C);
       return;
     }
-    Bump bump(a.workspace);
-    shvit::ShsaForwardParams all = a.attention;
-    all.workspace = bump.take<char>(attention.workspace_bytes);
-    all.y = bump.take<float>(s.B * s.N * s.C);
+    Bump workspace(a.workspace);
+    all.workspace = workspace.take<char>(attention.workspace_bytes);
+    all.y = workspace.take<S>(s.B * s.N * s.C);
     if (phase < attention.phases) {
-      Attention::run(all, phase, task, memory);
+      Attention::run(all, phase, task, inner);
       return;
     }
     const LinearTasks tasks = projection(a);
     const int64_t first = tasks.first_row(task);
-    project(first, tasks.rows_of(task), static_cast<const float*>(all.y) + first * s.C,
-            tasks.first_column(task), tasks.end_column(task));
+    project(first, tasks.rows_of(task), static_cast<const S*>(all.y) + first * s.C, tasks.first_column(task),
+            tasks.end_column(task));
   }
 };
 

@@ -127,48 +127,53 @@ struct Relu {
 };
 
 // A vector or a scalar, as the second argument is.
-template <class V, class T>
-SHVIT_INLINE V load_as(const T* p, V) {
-  return load<V>(p);
+template <class V, class S>
+SHVIT_INLINE V load_as(const S* p, V) {
+  if constexpr (sizeof(V) > sizeof(typename ComputeOf<S>::type)) {
+    return load_wide<sizeof(V)>(p);
+  } else {
+    return widen(*p);
+  }
 }
 
-SHVIT_INLINE void fill(float* row, int64_t n, float value) {
+template <class S>
+SHVIT_INLINE void fill(S* row, int64_t n, S value) {
   for (int64_t i = 0; i < n; ++i) row[i] = value;
 }
 
 // dst[i] = f(vector or scalar, i) for n contiguous values, in vectors; the last one takes in values before it
 // where there are enough, so f must not read dst.
-template <int VB, class F>
-SHVIT_INLINE void write_row(float* dst, int64_t n, F f) {
+template <int VB, class S, class F>
+SHVIT_INLINE void write_row(S* dst, int64_t n, F f) {
   using V = Vec<float, VB>;
   constexpr int W = kLanes<float, VB>;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, f(V{}, i));
+  for (; i + W <= n; i += W) store_narrow<VB>(dst + i, f(V{}, i));
   if (i == n) return;
   if (n >= W) {
-    store(dst + n - W, f(V{}, n - W));
+    store_narrow<VB>(dst + n - W, f(V{}, n - W));
   } else {
-    for (; i < n; ++i) dst[i] = f(0.0f, i);
+    for (; i < n; ++i) narrow(dst + i, f(0.0f, i));
   }
 }
 
-template <int VB>
-SHVIT_INLINE void copy_row(const float* src, float* dst, int64_t n) {
+template <int VB, class From, class To>
+SHVIT_INLINE void copy_row(const From* src, To* dst, int64_t n) {
   write_row<VB>(dst, n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA { return load_as(src + i, lane); });
 }
 
-template <int VB>
-SHVIT_INLINE void multiply_row(const float* a, const float* b, float* dst, int64_t n) {
+template <int VB, class S>
+SHVIT_INLINE void multiply_row(const S* a, const S* b, S* dst, int64_t n) {
   write_row<VB>(dst, n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
     return load_as(a + i, lane) * load_as(b + i, lane);
   });
 }
 
-template <int VB>
-SHVIT_INLINE void sigmoid_row(float* row, int64_t n) {
+template <int VB, class S>
+SHVIT_INLINE void sigmoid_row(S* row, int64_t n) {
   constexpr int W = kLanes<float, VB>;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(row + i, sigmoid<VB>(load<Vec<float, VB>>(row + i)));
+  for (; i + W <= n; i += W) store_narrow<VB>(row + i, sigmoid<VB>(load_wide<VB>(row + i)));
   if (i < n) store_some<VB>(row + i, sigmoid<VB>(load_some<VB>(row + i, n - i)), n - i);
 }
 

@@ -25,8 +25,18 @@ inline const std::vector<const Variant*>& supported_variants() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       found.insert(found.end(), {&kAvx2Wide, &kAvx2});
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
         found.push_back(&kAvx512);
+        if (__builtin_cpu_supports("avx512bf16")) {
+          static const Variant avx512_bf16 = [] {
+            Variant variant = kAvx512;
+            variant.name = "avx512_bf16";
+            variant.fused_bfloat16 = kAvx512Bf16;
+            return variant;
+          }();
+          found.push_back(&avx512_bf16);
+        }
+      }
     }
 #endif
     return found;

@@ -31,10 +31,11 @@ constexpr shvit::MixerKernels mixer_kernels() {
   return {kernel<MixerTrainForward<T, VB>>(), kernel<MixerTrainBackward<T, VB>>(), kernel<MixerEval<T, VB>>()};
 }
 
-template <int VB>
-constexpr shvit::FusedKernels fused_kernels() {
-  return {kernel<Conv3x3<VB>>(), kernel<Depthwise<VB>>(), kernel<Pointwise<VB>>(), kernel<Ffn<VB>>(),
-          kernel<Mixer<VB>>(),   kernel<Pool<VB>>(),      kernel<ToRows<VB>>()};
+template <class S, int VB>
+constexpr shvit::FusedKernels<S> fused_kernels() {
+  return {kernel<Conv3x3<S, VB>>(), kernel<Depthwise<S, VB>>(), kernel<Pointwise<S, VB>>(),
+          kernel<Ffn<S, VB>>(),     kernel<Mixer<S, VB>>(),     kernel<Pool<S, VB>>(),
+          kernel<ToRows<S, VB>>()};
 }
 
 // Independent fused multiply-adds in registers: the processor's peak in float32.
@@ -62,7 +63,8 @@ constexpr shvit::Variant variant(const char* name) {
           kernels<BFloat16, VB>(),
           mixer_kernels<float, VB>(),
           mixer_kernels<double, VB>(),
-          fused_kernels<VB>(),
+          fused_kernels<float, VB>(),
+          fused_kernels<BFloat16, VB>(),
           &fma_flops<VB>};
 }
 

@@ -3,16 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
+
+#include "kernels.h"
 
 #define SHVIT_INLINE inline __attribute__((always_inline))
 #define SHVIT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
+using shvit::BFloat16;
 
 template <class T, int VB>
 struct VecOf {
@@ -40,6 +41,10 @@ struct ComputeOf<BFloat16> {
   using type = float;
 };
 
+// Of a vector of sums.
+template <class S, int VB>
+constexpr int kSumLanes = kLanes<typename ComputeOf<S>::type, VB>;
+
 template <class V, class T>
 SHVIT_INLINE V load(const T* p) {
   V v;
@@ -57,39 +62,6 @@ template <class T>
 __attribute__((noinline)) void copy_lanes(T* p, const T* lanes, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
-
-// The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros. AVX-512 is used by name
-// here alone: the compiler would go lane by lane.
-template <int VB, class T>
-SHVIT_INLINE void store_some(T* p, Vec<T, VB> v, int64_t n) {
-#if SHVIT_LANE_MASKS
-  if constexpr (sizeof(T) == sizeof(float)) {
-    const unsigned mask = (1u << n) - 1;
-    if constexpr (VB == 64) {
-      _mm512_mask_storeu_ps(p, mask, v);
-    } else {
-      static_assert(VB == 32);
-      _mm256_mask_storeu_ps(p, mask, v);
-    }
-    return;
-  }
-#endif
-  T lanes[kLanes<T, VB>];
-  store(lanes, v);
-  copy_lanes(p, lanes, n);
-}
-#if SHVIT_LANE_MASKS
-template <int VB>
-SHVIT_INLINE Vec<float, VB> load_some(const float* p, int64_t n) {
-  const unsigned mask = (1u << n) - 1;
-  if constexpr (VB == 64) {
-    return _mm512_maskz_loadu_ps(mask, p);
-  } else {
-    static_assert(VB == 32);
-    return _mm256_maskz_loadu_ps(mask, p);
-  }
-}
-#endif
 
 // Scalars between storage and compute type; bfloat16 rounds to nearest even and keeps NaN.
 template <class T>
@@ -136,6 +108,13 @@ SHVIT_INLINE void store_narrow(double* p, Vec<double, VB> v) {
 }
 template <int VB>
 SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
+#if SHVIT_BFLOAT16
+  if constexpr (VB == 64) {
+    const auto half = _mm512_cvtneps_pbh(v);
+    __builtin_memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   const auto bits = (Vec<uint32_t, VB>)v;
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t, VB> nan = Vec<uint32_t, VB>{} + 0x7fc0;
@@ -143,10 +122,40 @@ SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
   store(p, half);
 }
 
-// load_some from any storage, where no instruction does it.
+// The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros. AVX-512 is used by name,
+// here and for bfloat16: the compiler would go lane by lane.
+template <int VB, class S>
+SHVIT_INLINE void store_some(S* p, Vec<typename ComputeOf<S>::type, VB> v, int64_t n) {
+#if SHVIT_LANE_MASKS
+  if constexpr (std::is_same_v<S, float>) {
+    const unsigned mask = (1u << n) - 1;
+    if constexpr (VB == 64) {
+      _mm512_mask_storeu_ps(p, mask, v);
+    } else {
+      static_assert(VB == 32);
+      _mm256_mask_storeu_ps(p, mask, v);
+    }
+    return;
+  }
+#endif
+  S lanes[kLanes<typename ComputeOf<S>::type, VB>];
+  store_narrow<VB>(lanes, v);
+  copy_lanes(p, lanes, n);
+}
 template <int VB, class S>
 SHVIT_INLINE auto load_some(const S* p, int64_t n) {
   using T = typename ComputeOf<S>::type;
+#if SHVIT_LANE_MASKS
+  if constexpr (std::is_same_v<S, float>) {
+    const unsigned mask = (1u << n) - 1;
+    if constexpr (VB == 64) {
+      return Vec<float, VB>(_mm512_maskz_loadu_ps(mask, p));
+    } else {
+      static_assert(VB == 32);
+      return Vec<float, VB>(_mm256_maskz_loadu_ps(mask, p));
+    }
+  }
+#endif
   T lanes[kLanes<T, VB>] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
   return load<Vec<T, VB>>(lanes);

@@ -1,4 +1,4 @@
-"""The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 on the CPU.
+"""The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 and bfloat16 on the CPU.
 
 Weights are packed: ``[ceil(outputs / 16), inputs, 16]``, the same on every instruction set and in every state dict.
 A sequence has those of several layers in one tensor, in the order in which they are read.
@@ -221,8 +221,11 @@ NATIVE = Operators(
 )
 
 
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def operators(x: Tensor, weights: list[Tensor]) -> Operators:
     """The operators for ``x``: those in C++ where they run and give all that is asked for."""
-    if x.dtype == torch.float32 and choose(x, None) is cpu and not tracks_gradients(x, *weights):
+    if x.dtype in _NATIVE_DTYPES and choose(x, None) is cpu and not tracks_gradients(x, *weights):
         return NATIVE
     return SPECIFICATION

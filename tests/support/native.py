@@ -12,6 +12,8 @@ from tests.support.numerics import Call
 
 VARIANTS = ("baseline", "baseline_wide", "avx2", "avx2_wide", "avx512")
 """Every variant of the CPU kernels on x86; other processors have the first two."""
+FUSED_BFLOAT16_VARIANTS = (*VARIANTS, "avx512_bf16")
+"""Those of fused models in bfloat16: in everything else the last one is avx512."""
 
 
 def compiler() -> str | None:
@@ -29,12 +31,12 @@ def runnable_variants() -> list[str]:
 needs_native = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
-def each_variant() -> list:
+def each_variant(variants: tuple[str, ...] = VARIANTS) -> list:
     """Parameters for a test that runs on every variant of the kernels."""
     runnable = runnable_variants()
     return [
         pytest.param(name, marks=pytest.mark.skipif(name not in runnable, reason=f"this processor cannot run {name}"))
-        for name in VARIANTS
+        for name in variants
     ]
 
 

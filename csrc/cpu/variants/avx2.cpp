@@ -1,6 +1,7 @@
 // avx2: 256-bit vectors, AVX2 and FMA.
 #if defined(__x86_64__)
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 32)

@@ -1,6 +1,7 @@
 // avx2_wide: the 512-bit source lowered to AVX2 and FMA, so that it is tested where AVX-512 is absent.
 #if defined(__x86_64__)
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 32)

@@ -1,5 +1,6 @@
 // baseline_wide: the 512-bit source lowered to 128-bit instructions, so that it runs everywhere.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 16)
