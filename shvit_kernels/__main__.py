@@ -14,6 +14,7 @@ from . import __version__, backends
 from .models.shvit import VARIANTS
 
 _SUITES = ("op", "layer", "models")
+_DTYPES = ("float32", "bfloat16")
 _variant = click.option(
     "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="A model; may be given again."
 )
@@ -100,6 +101,9 @@ def demo(variants: tuple[str, ...], image: Path | None, checkpoint: Path | None,
 @_variant
 @click.option("--rounds", type=click.IntRange(min=2), help="Interleaved rounds per case.  [default: 30]")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each contender.")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), default=_DTYPES[0], show_default=True, help="Of images and weights."
+)
 @click.option("--backend", type=click.Choice(list(backends.BACKENDS)), help="By default the best one.")
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Measure torch.compile too (slow).")
 @click.option("--peers", is_flag=True, help="Compare with other runtimes too, in evaluation (slow).")
@@ -110,6 +114,7 @@ def bench(
     variants: tuple[str, ...],
     rounds: int | None,
     threads: int,
+    dtype: str,
     backend: str | None,
     compile: bool,
     peers: bool,
@@ -119,7 +124,8 @@ def bench(
     """Measure WHAT against the stock implementation: the operator, the layer and the models.
 
     Without WHAT a quick look at all three: S4 alone, 10 rounds, unless the options say otherwise. With --peers, in
-    evaluation, ours against BatchNorm folded, channels_last, ONNX Runtime and OpenVINO, and S4 against MobileViTv2.
+    evaluation, ours against BatchNorm folded, channels_last, ONNX Runtime and OpenVINO, and S4 against MobileViTv2;
+    in bfloat16 ONNX Runtime computes in float32.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -129,7 +135,7 @@ def bench(
     if not what:
         variants, rounds = variants or ("shvit_s4",), rounds or 10
     rounds = rounds or 30
-    chosen = cases(list(what or _SUITES), list(variants or VARIANTS))
+    chosen = cases(list(what or _SUITES), list(variants or VARIANTS), dtypes=[getattr(torch, dtype)])
     console = Console()
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     before = torch.get_num_threads()

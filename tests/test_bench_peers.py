@@ -116,7 +116,7 @@ def test_command_line_shows_and_saves_peers(tmp_path: Path, monkeypatch, without
     monkeypatch.setattr(memory, "VARIANT", "tiny")
     monkeypatch.setattr(memory, "growth", lambda variant, names: grown | {"asked": [variant, names]})
     layers = cases(["layer"], ["shvit_s1"], batches=[1])[:2]  # in evaluation and in training
-    monkeypatch.setattr(definitions, "cases", lambda suites, variants: [tiny(), *layers])
+    monkeypatch.setattr(definitions, "cases", lambda suites, variants, dtypes: [tiny(), *layers])
     files = tmp_path / "results.json", tmp_path / "plot.png"
     arguments = ["bench", "--peers", "--no-compile", "--rounds", 2, "--json", files[0], "--plot", files[1]]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])

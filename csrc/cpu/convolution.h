@@ -10,9 +10,8 @@ SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 
 // y = relu?(conv(x) + b) with stride 2 and padding 1, as a product of packed weights [9 * C, outputs], rows
 // ordered by kernel row, kernel column and channel. A row of outputs reads three rows of x, which lie in
-// scratch with the padding at their ends: copied from memory, or made there by the convolution before.
-//
-// Lines of planes are float32, as sums of three values are too short to be taken in pairs.
+// scratch, channels side by side and with the padding at their ends: brought there from memory, or made by the
+// convolution before.
 template <class S, int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params<S>;
@@ -21,119 +20,104 @@ struct Conv3x3 {
   static constexpr int64_t kBands = 8, kBandsOfThread = 2, kRowsWithSource = 7;
   static constexpr int64_t kLinesAhead = 4;  // of x, on their way from memory
 
-  // Rows of x in scratch: `planes` of (width + 2) pixels of `values` channels.
-  struct Lines {
-    int64_t planes, values, plane_size;
-    explicit Lines(const Params& a)
-        : planes(a.channels_last ? 1 : a.channels),
-          values(a.channels_last ? a.channels : 1),
-          plane_size((a.width + 2) * values) {}
-    int64_t size() const { return planes * plane_size; }
-  };
-  template <bool Planar>
-  using Line = std::conditional_t<Planar, float, S>;
-
-  // What a tile of pixels reads: in each line inside the image, and in each plane, three pixels. `Planes` of
-  // them, where that is not 0: the loops of so short sums are unrolled.
-  template <bool Planar, int64_t Planes>
+  // What a tile of pixels reads: three pixels in each line inside the image, of `Channels`, where that is not
+  // 0.
+  template <int64_t Channels>
   struct Patches {
-    Lines lines;
-    const Line<Planar>* line[3];  // null outside
+    int64_t channels;
+    const S* line[3];  // null outside
 
     template <class Visit>
     SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
-      const int64_t values = Planar ? 1 : lines.values, planes = Planes ? Planes : lines.planes;
+      const int64_t C = Channels ? Channels : channels;
 #pragma GCC unroll 3
-      for (int64_t ky = 0; ky < 3; ++ky) {
-        if (!line[ky]) continue;
-#pragma GCC unroll 3
-        for (int64_t plane = 0; plane < planes; ++plane)
-          visit(
-              MatrixView<Line<Planar>>{line[ky] + plane * lines.plane_size + 2 * first * values, 2 * values, 1},
-              3 * values, 3 * ky * planes * values + plane, planes);
-      }
+      for (int64_t ky = 0; ky < 3; ++ky)
+        if (line[ky]) visit(MatrixView<S>{line[ky] + 2 * first * C, 2 * C, 1}, 3 * C, 3 * ky * C);
     }
   };
 
-  // Rows of x from memory.
-  struct NoSource {};
+  static int64_t line_size(const Params& a) { return (a.width + 2) * a.channels; }
 
-  // Rows of one image, from the first one asked for on. `source` makes those of x, if it is no NoSource.
-  template <bool Planar, class Source>
+  // Rows of one image, from the first one asked for on. `source` makes those of x, if it is not null.
   class Rows {
    public:
-    Rows(const Params& a, int64_t image, int64_t first, Source source, Bump& bump)
+    Rows(const Params& a, int64_t image, int64_t first, Rows* source, S* memory)
         : a_(a),
-          lines_(a),
-          x_(kFromMemory ? a.x + image * a.channels * a.height * a.width : nullptr),
+          x_(source ? nullptr : a.x + image * a.channels * a.height * a.width),
           first_(first),
           read_(max64(0, 2 * first - 1)),
           source_(source),
-          memory_(bump.take<Line<Planar>>(3 * lines_.size())),
-          weight_(in_type<Line<Planar>, VB>(a.weight, weight_size(a), bump)) {}
+          memory_(memory) {}
 
     void make(int64_t row, S* y) {
       for (; read_ < min64(2 * row + 2, a_.height); ++read_) read(line(read_));
-      if (Planar && a_.channels == 3) {
+      if (a_.channels == 3) {
         multiply<3>(row, y);
       } else {
-        multiply<Planar ? 0 : 1>(row, y);
+        multiply<0>(row, y);
       }
     }
 
    private:
-    static constexpr bool kFromMemory = std::is_same_v<Source, NoSource>;
-
-    template <int64_t Planes>
+    template <int64_t Channels>
     void multiply(int64_t row, S* y) const {
-      Patches<Planar, Planes> patches{lines_, {}};
+      Patches<Channels> patches{a_.channels, {}};
       for (int64_t ky = 0; ky < 3; ++ky) {
         const int64_t from = 2 * row + ky - 1;
         patches.line[ky] = from >= 0 && from < a_.height ? line(from) : nullptr;
       }
-      gemm_packed<Line<Planar>, VB, kTile>(
-          halved(a_.width), patches, PackedWeights<Line<Planar>>{weight_, 9 * a_.channels, row == first_}, 0,
-          a_.outputs, LinearFinish<S>{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
+      gemm_packed<S, VB, kTile>(halved(a_.width), patches,
+                                PackedWeights<S>{a_.weight, 9 * a_.channels, row == first_}, 0, a_.outputs,
+                                LinearFinish<S>{a_.bias, nullptr, y, a_.outputs, a_.outputs, a_.relu});
     }
 
     // A row of outputs needs the last line of the one before, so three lines take turns.
-    Line<Planar>* line(int64_t row) const { return memory_ + row % 3 * lines_.size(); }
+    S* line(int64_t row) const { return memory_ + row % 3 * line_size(a_); }
 
-    void read(Line<Planar>* line) {
-      const int64_t values = lines_.values, count = a_.width * values;
-      for (int64_t plane = 0; plane < lines_.planes; ++plane, line += lines_.plane_size) {
-        fill(line, values, Line<Planar>{});
-        if constexpr (kFromMemory) {
-          const S* from = x_ + (plane * a_.height + read_) * count;
-          copy_row<VB>(from, line + values, count);
-          if (read_ + kLinesAhead < a_.height) prefetch(from + kLinesAhead * count, count);
+    void read(S* line) {
+      const int64_t C = a_.channels, count = a_.width * C;
+      fill(line, C, S{});
+      if (source_) {
+        source_->make(read_, line + C);
+      } else if (a_.channels_last) {
+        bring(x_ + read_ * count, count);
+        copy_row<VB>(x_ + read_ * count, line + C, count);
+      } else {
+        const int64_t plane = a_.height * a_.width;
+        for (int64_t c = 0; c < C; ++c) bring(x_ + c * plane + read_ * a_.width, a_.width);
+        const S* from = x_ + read_ * a_.width;
+        if (C == 3) {
+          interleave(from, from + plane, from + 2 * plane, a_.width, line + C);
         } else {
-          source_.make(read_, line + values);
+          transpose(from, plane, C, a_.width, line + C, C);
         }
-        fill(line + values + count, values, Line<Planar>{});
+      }
+      fill(line + C + count, C, S{});
+    }
+
+    // Three planes side by side, by shuffles that the compiler finds: one value after the other would take a
+    // fifth of the first convolution.
+    static void interleave(const S* __restrict a, const S* __restrict b, const S* __restrict c, int64_t n,
+                           S* __restrict to) {
+      for (int64_t i = 0; i < n; ++i) {
+        to[3 * i] = a[i];
+        to[3 * i + 1] = b[i];
+        to[3 * i + 2] = c[i];
       }
     }
 
+    // Brings a later line.
+    void bring(const S* from, int64_t count) const {
+      if (read_ + kLinesAhead < a_.height) prefetch(from + kLinesAhead * count, count);
+    }
+
     const Params& a_;
-    const Lines lines_;
     const S* x_;
     const int64_t first_;
     int64_t read_;
-    Source source_;
-    Line<Planar>* memory_;
-    const Line<Planar>* weight_;
+    Rows* source_;
+    S* memory_;
   };
-
-  static int64_t weight_size(const Params& a) { return round_up(a.outputs, kPanel) * 9 * a.channels; }
-  // What Rows take.
-  static void take(const Params& a, Bump& bump) {
-    if (a.channels_last) {
-      bump.take<S>(3 * Lines(a).size());
-    } else {
-      bump.take<float>(3 * Lines(a).size());
-      take_in_type<float, S>(weight_size(a), bump);
-    }
-  }
 
   static Parts bands(const Params& a) {
     const int64_t rows = halved(a.height);
@@ -145,14 +129,11 @@ struct Conv3x3 {
   }
 
   static Plan plan(const Params& a) {
-    Plan plan = single_phase<S>(a.images * bands(a).parts, flops(a), 0);
-    Bump bump(nullptr);
-    take(a, bump);
+    Plan plan = single_phase<S>(a.images * bands(a).parts, flops(a), 3 * line_size(a));
     if (a.source) {
       plan.flops += flops(*a.source);
-      take(*a.source, bump);
+      plan.scratch_bytes += single_phase<S>(1, 0, 3 * line_size(*a.source)).scratch_bytes;
     }
-    plan.scratch_bytes = bump.used();
     return plan;
   }
 
@@ -160,24 +141,15 @@ struct Conv3x3 {
     const Parts all = bands(a);
     const int64_t image = task / all.parts, begin = all.begin(task % all.parts),
                   end = all.end(task % all.parts);
+    const int64_t row_size = halved(a.width) * a.outputs;
     Bump bump(memory);
-    const auto make = [&](auto rows) {
-      for (int64_t row = begin; row < end; ++row)
-        rows.make(row, a.y + (image * halved(a.height) + row) * halved(a.width) * a.outputs);
-    };
-    const auto alone = [&](const Params& of, int64_t first, auto then) {
-      if (of.channels_last) {
-        then(Rows<false, NoSource>(of, image, first, {}, bump));
-      } else {
-        then(Rows<true, NoSource>(of, image, first, {}, bump));
-      }
-    };
-    if (a.source) {  // which makes channels stand side by side
-      alone(*a.source, max64(0, 2 * begin - 1),
-            [&](auto source) { make(Rows<false, decltype(source)>(a, image, begin, source, bump)); });
-    } else {
-      alone(a, begin, make);
-    }
+    S* lines = bump.take<S>(3 * line_size(a));
+    const Params& first = a.source ? *a.source : a;
+    Rows source(first, image, max64(0, 2 * begin - 1), nullptr,
+                a.source ? bump.take<S>(3 * line_size(first)) : nullptr);
+    Rows rows(a, image, begin, a.source ? &source : nullptr, lines);
+    for (int64_t row = begin; row < end; ++row)
+      rows.make(row, a.y + (image * halved(a.height) + row) * row_size);
   }
 };
 

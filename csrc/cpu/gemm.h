@@ -27,17 +27,17 @@ struct VectorsView {
   int64_t row_stride, vector_stride;
 };
 
-// What a tile reads of A comes in pieces, each with the rows of B that it meets: those from `b_row` on, in
-// steps of `b_step`. Here it is one piece, all columns of a matrix.
+// What a tile reads of A comes in pieces, each with the rows of B that it meets: those from `b_row` on. Here it
+// is one piece, all columns of a matrix.
 template <class T>
 struct WholeRows {
   MatrixView<T> a;
   int64_t K;
 
-  // visit(piece of A, its depth, b_row, b_step) for the rows from `first` on.
+  // visit(piece of A, its depth, b_row) for the rows from `first` on.
   template <class Visit>
   SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
-    visit(MatrixView<T>{a.data + first * a.row_stride, a.row_stride, a.col_stride}, K, 0, 1);
+    visit(MatrixView<T>{a.data + first * a.row_stride, a.row_stride, a.col_stride}, K, 0);
   }
 };
 
@@ -160,9 +160,9 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish,
   static_assert(!Half || Whole::kDepth == 1);
   typename Whole::Sum acc[MR][NV] = {};
   typename Halved::Sum half_acc[MR][1] = {};
-  a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row, int64_t b_step) SHVIT_INLINE_LAMBDA {
+  a.pieces(first, [&](MatrixView<T> piece, int64_t depth, int64_t b_row) SHVIT_INLINE_LAMBDA {
     const T *ak = piece.data, *bk = b.data + b_row * b.row_stride;
-    const int64_t next = b_step * b.row_stride;
+    const int64_t next = b.row_stride;
     constexpr int64_t kDepth = Whole::kDepth;
     const auto rows_of_b = [&](int64_t k, int64_t end, auto with_ends) SHVIT_INLINE_LAMBDA {
       for (; k + kDepth <= end; k += kDepth, ak += kDepth * piece.col_stride, bk += kDepth * next) {

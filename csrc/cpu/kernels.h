@@ -207,6 +207,7 @@ struct Kernels {
 
 template <class S>
 struct FusedKernels {
+  double (*product_flops)(int64_t repeats);  // runs what products are made of, returns how many operations
   Kernel<Conv3x3Params<S>> conv3x3;
   Kernel<DepthwiseParams<S>> depthwise;
   Kernel<PointwiseParams<S>> pointwise;
@@ -229,7 +230,6 @@ struct Variant {
   MixerKernels mixer_float32, mixer_float64;
   FusedKernels<float> fused_float32;
   FusedKernels<BFloat16> fused_bfloat16;
-  double (*fma_flops)(int64_t repeats);  // runs fused multiply-adds in registers, returns how many operations
 };
 
 extern const Variant kBaseline, kBaselineWide;

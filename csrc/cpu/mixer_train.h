@@ -26,7 +26,7 @@ struct PackedTokens {
   SHVIT_INLINE void pieces(int64_t first, Visit visit) const {
     for (int64_t token = 0; token < tokens; token += kPanel)
       visit(MatrixView<T>{data + token * channels + first * kPanel, kPanel, 1}, min64(kPanel, tokens - token),
-            token, 1);
+            token);
   }
 };
 

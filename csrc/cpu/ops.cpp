@@ -45,7 +45,13 @@ std::string cuda_architectures() {
 #endif
 }
 
-double fma_flops(int64_t repeats) { return current_variant().load()->fma_flops(repeats); }
+double product_flops(ScalarType dtype, int64_t repeats) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "dtype must be float32 or bfloat16");
+  const Variant* variant = current_variant().load();
+  return dtype == ScalarType::Float ? variant->fused_float32.product_flops(repeats)
+                                    : variant->fused_bfloat16.product_flops(repeats);
+}
 
 const Kernels& kernels_for(ScalarType dtype) {
   const Variant* variant = current_variant().load();
@@ -378,7 +384,7 @@ STABLE_TORCH_LIBRARY(shvit_kernels_native, m) {
   m.def("instruction_set() -> str");
   m.def("instruction_sets() -> str");
   m.def("set_instruction_set(str name) -> ()");
-  m.def("fma_flops(int repeats) -> float");
+  m.def("product_flops(ScalarType dtype, int repeats) -> float");
   m.def("cuda_architectures() -> str");
 }
 
@@ -386,6 +392,6 @@ STABLE_TORCH_LIBRARY_IMPL(shvit_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
   m.impl("set_instruction_set", TORCH_BOX(&set_instruction_set));
-  m.impl("fma_flops", TORCH_BOX(&fma_flops));
+  m.impl("product_flops", TORCH_BOX(&product_flops));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }

@@ -88,7 +88,7 @@ def run(
     after_round: Callable[[], object] = lambda: None,
     before_case: Callable[[Case], object] = lambda case: None,
 ) -> dict[str, Any]:
-    """Measure ``cases`` with the number of threads and the backend in force.
+    """Measure ``cases``, all of one type, with the number of threads and the backend in force.
 
     ``with_peers`` sets the runtimes that a user could pick instead beside ours, in evaluation, and a rival beside the
     model that has one; who cannot run here is ``skipped``, with the reason.
@@ -104,6 +104,7 @@ def run(
         "versions": _environment.versions() | (peers.versions() if with_peers else {}),
         "backend": backends.choose(torch.empty(1, 1, 1, 1), None).name,
         "threads": torch.get_num_threads(),
+        "dtype": str(cases[0].dtype).removeprefix("torch."),
         "rounds": rounds,
         "with_peers": with_peers,
         "skipped": {},
@@ -113,7 +114,7 @@ def run(
     peaks, samples = [], []
     for case in cases:
         before_case(case)
-        peak_of, flops = peak(results["threads"])
+        peak_of, flops = peak(results["threads"], case.dtype)
         peaks.append(flops)
         together = [case]
         if with_peers and case.suite == "models" and case.name in RIVAL_OF:
@@ -144,7 +145,8 @@ def run(
         results["call_overhead_microseconds"] = {
             key: 1e6 * value for key, value in asdict(call_overhead(rounds)).items()
         }
-    if with_peers and any(case.suite == "models" and case.name == memory.VARIANT for case in cases):
+    of_memory = [c for c in cases if (c.suite, c.name, c.dtype) == ("models", memory.VARIANT, torch.float32)]
+    if with_peers and of_memory:
         names = [name for name in memory.MEASURED if name not in skipped]
         results["peak_memory"] = memory.growth(memory.VARIANT, names)
     return results

@@ -126,6 +126,8 @@ class Contender:
     """Modules that this library can do without."""
     layout: torch.memory_format = torch.contiguous_format
     """Of the inputs that suit it."""
+    dtype: torch.dtype | None = None
+    """Of its inputs, if not that of the case."""
 
     def context(self) -> AbstractContextManager:
         """To be entered around calls."""
@@ -152,8 +154,8 @@ CONTENDERS = {
     FOLDED: Contender(_folded),
     FOLDED_LAST: Contender(_folded_last, layout=torch.channels_last),
     COMPILE_LAST: Contender(_compiled_last, layout=torch.channels_last),
-    ONNX_RUNTIME: Contender(_onnx_runtime, needs=peers.ONNX_RUNTIME_NEEDS),
-    OPENVINO: Contender(_openvino, needs=peers.OPENVINO_NEEDS),
+    ONNX_RUNTIME: Contender(_onnx_runtime, needs=peers.ONNX_RUNTIME_NEEDS, dtype=torch.float32),
+    OPENVINO: Contender(_openvino, needs=peers.OPENVINO_NEEDS, dtype=torch.float32),
 }
 _RUNTIMES = (ONNX_RUNTIME, OPENVINO)
 PEERS = {
@@ -217,7 +219,8 @@ class Case:
     def call(self, contender: str) -> Call:
         """Sets up a contender on the CPU with one input."""
         x, dy = self.inputs()[0]
-        return partial(self.step(contender), x.to(memory_format=CONTENDERS[contender].layout), dy)
+        taken = CONTENDERS[contender]
+        return partial(self.step(contender), x.to(taken.dtype or x.dtype, memory_format=taken.layout), dy)
 
 
 def contenders(case: Case, *, compile: bool, with_peers: bool = False) -> list[str]:

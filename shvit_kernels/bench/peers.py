@@ -1,4 +1,7 @@
-"""The runtimes that a user could pick instead: ONNX Runtime and OpenVINO, both from one ONNX file, in float32."""
+"""The runtimes that a user could pick instead: ONNX Runtime and OpenVINO, both from one ONNX file in float32.
+
+OpenVINO computes in bfloat16 if asked to, ONNX Runtime has no kernels for it on the CPU.
+"""
 
 import importlib
 import warnings
@@ -46,8 +49,8 @@ def export(module: nn.Module, x: Tensor, path: Path) -> None:
         torch.onnx.export(module.eval(), (x,), path, external_data=False, verbose=False)
 
 
-def onnx_runtime(path: Path, threads: int) -> Run:
-    """An ONNX file under ONNX Runtime."""
+def onnx_runtime(path: Path, threads: int, dtype: torch.dtype = torch.float32) -> Run:
+    """An ONNX file under ONNX Runtime, in float32 whatever ``dtype`` is."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -58,15 +61,16 @@ def onnx_runtime(path: Path, threads: int) -> Run:
     return lambda x: session.run(None, {name: x})[0]
 
 
-def openvino(path: Path, threads: int) -> Run:
-    """An ONNX file under OpenVINO."""
+def openvino(path: Path, threads: int, dtype: torch.dtype = torch.float32) -> Run:
+    """An ONNX file under OpenVINO, which computes in float32 or bfloat16."""
     import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # by itself it takes bfloat16 where the processor has it
+        # By itself it takes bfloat16 where the processor has it.
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "ENABLE_CPU_PINNING": False,
         "ENABLE_HYPER_THREADING": True,  # else it takes fewer threads than it is given where two share a core
     }
@@ -75,11 +79,15 @@ def openvino(path: Path, threads: int) -> Run:
 
 
 class Exported(nn.Module):
-    """A module under a runtime, which takes it over at the first call, for inputs of that shape."""
+    """A module under a runtime, which takes it over at the first call, for inputs of that shape, in float32.
 
-    def __init__(self, module: nn.Module, load: Callable[[Path, int], Run]):
+    What it computes in is the type of the module.
+    """
+
+    def __init__(self, module: nn.Module, load: Callable[[Path, int, torch.dtype], Run]):
         super().__init__()
-        self.module = module
+        self.dtype = next((p.dtype for p in module.parameters()), torch.float32)
+        self.module = module.float()
         self.load = load
         self.run: Run | None = None
 
@@ -88,5 +96,5 @@ class Exported(nn.Module):
             with TemporaryDirectory() as directory:
                 path = Path(directory) / "model.onnx"
                 export(self.module, x, path)
-                self.run = self.load(path, torch.get_num_threads())
+                self.run = self.load(path, torch.get_num_threads(), self.dtype)
         return torch.from_numpy(self.run(x.numpy()))

@@ -22,7 +22,7 @@ SHORTEST_SAMPLE = 5e-3
 PAUSE = 0.05
 """Seconds before a sample where there are several threads: those of the contender before it spin for a while."""
 
-FMA_REPEATS = 10_000_000  # about 50 ms
+PEAK_REPEATS = 10_000_000  # about 50 ms
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,23 @@ def measure(calls: dict[Name, Call], rounds: int, after_round: Call = lambda: No
     return interleave(samplers, rounds, after_round)
 
 
-def peak(threads: int) -> tuple[str, float]:
-    """What was measured, and the floating-point operations per second that it reached: the best of a few samples."""
+def peak(threads: int, dtype: torch.dtype) -> tuple[str, float]:
+    """What was measured, and the floating-point operations per second that it reached: the best of a few samples.
+
+    In bfloat16 it is what the kernels of fused models multiply with, where that is compiled.
+    """
     if native.why_unavailable() is None:
         with ThreadPoolExecutor(threads) as pool:
-            samples = [_fma_flops(pool, threads) for _ in range(3)]
-        return "a loop of fused multiply-adds", max(samples)
+            samples = [_product_flops(pool, threads, dtype) for _ in range(3)]
+        return f"a loop of multiply-adds in {str(dtype).removeprefix('torch.')}", max(samples)
     n = 1024
     a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     seconds = measure({"mm": lambda: torch.mm(a, b, out=out)}, rounds=5)["mm"]
     return f"torch.mm of two {n}x{n} float32 matrices", 2 * n**3 / min(seconds)
 
 
-def _fma_flops(pool: ThreadPoolExecutor, threads: int) -> float:
+def _product_flops(pool: ThreadPoolExecutor, threads: int, dtype: torch.dtype) -> float:
+    loop = partial(torch.ops.shvit_kernels_native.product_flops, dtype)
     start = time.perf_counter()
-    operations = sum(pool.map(torch.ops.shvit_kernels_native.fma_flops, [FMA_REPEATS] * threads))
+    operations = sum(pool.map(loop, [PEAK_REPEATS] * threads))
     return operations / (time.perf_counter() - start)
