@@ -45,17 +45,6 @@ def _mix(
     return functional.shsa_mixer(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk_dim=qk_dim, scale=scale, **norm)
 
 
-class _Kept(NamedTuple):
-    """Layers, and the parameter that they were made of: its address and version then.
-
-    Biases are views of the parameter, so that nothing else comes to its address.
-    """
-
-    parameter: nn.Parameter
-    found: tuple[int, int]
-    layers: list[fused.Layer]
-
-
 class FusedLayers(_Inference):
     """Layers one after the other as one operator (``backends.fused.sequence``).
 
@@ -64,8 +53,6 @@ class FusedLayers(_Inference):
         constants: those of all layers.
         weights: of all layers, flattened; None if they have none. A parameter that asks for no gradient.
     """
-
-    _kept: _Kept | None = None
 
     def __init__(self, code: list[int], constants: list[float], weights: Tensor | None):
         super().__init__()
@@ -87,35 +74,7 @@ class FusedLayers(_Inference):
         # Tracers know what the specification is made of.
         if operators is fused.NATIVE or is_traced_to_aten() or tracks_gradients(x, *weights):
             return operators.sequence(x, weights, self.code, self.constants)
-        layers = self._kept_layers(x) or fused.layers(weights, self.code, x.shape[1])
-        return fused.run(x, layers, self.constants, _mix)
-
-    def _kept_layers(self, x: Tensor) -> list[fused.Layer] | None:
-        """The layers for PyTorch's operators, made once from the weights; None where they must be made at each call.
-
-        On the CPU alone, where to unpack the weights takes a quarter of a call with one image: elsewhere, streams and
-        graphs of calls would have to know of them.
-        """
-        weights = self.weights
-        # Not parameters are what functional_call puts in their place.
-        if torch.compiler.is_compiling() or type(weights) is not nn.Parameter or not weights.is_cpu:
-            return None
-        if x.shape[1] != self.code[1] or weights.is_inference():
-            return None
-        kept, found = self._kept, (weights.data_ptr(), weights._version)
-        if kept is None or kept.parameter is not weights or kept.found != found:
-            alias = weights.detach()
-            if type(alias) is not Tensor:  # under a mode that makes other tensors of it
-                return None
-            kept = self._kept = _Kept(weights, found, fused.layers([alias], self.code, x.shape[1]))
-        return kept.layers
-
-    def _apply(self, fn, recurse=True):
-        self._kept = None  # what is moved is not kept twice
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
+        return fused.run(x, fused.layers(weights, self.code, x.shape[1]), self.constants, _mix)
 
 
 _POOL = FusedLayers([int(Kind.POOL), 0, 0, 0, 0], [], None)
@@ -545,14 +504,13 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     (other norms or activations, hooks, parametrisations, bare layers without their residual) stays as it is; so does
     what looks like a block of SHViT and gives something else on noise.
 
-    On the CPU in float32 the operators are compiled kernels, which keep images channels_last between the blocks. On
-    other devices and dtypes attention layers are :func:`shsa_mixer` on its backend and the others PyTorch operators
-    with the same result; on the CPU these keep their weights a second time, and see changes that PyTorch counts (not
-    those through ``.data`` or by ``torch.distributed``). Under ``torch.jit.trace`` and ``torch.onnx.export``, and where
-    derivatives are asked for, all are PyTorch operators.
+    On the CPU in float32 and bfloat16 the operators are compiled kernels, which keep images channels_last between the
+    blocks. On other devices and dtypes attention layers are :func:`shsa_mixer` on its backend and the others PyTorch
+    operators with the same result, which unpack the weights in each call. Under ``torch.jit.trace`` and
+    ``torch.onnx.export``, and where derivatives are asked for, all are PyTorch operators.
 
-    Models in bfloat16 run, and on the CPU gain where PyTorch's operators do: with many images at a time, on a processor
-    with instructions for bfloat16. One image is faster in float32, and so is everything on other processors.
+    bfloat16 (``fuse(model).to(torch.bfloat16)``, and images of that type) is faster than float32 on processors with
+    AVX512_BF16 and slower on others; sums are float32, what lies between the layers is rounded.
 
     Args:
         model: in evaluation mode; it is not changed.

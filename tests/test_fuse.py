@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shvit_kernels
 from shvit_kernels import SHViT, accelerate, fuse
@@ -268,41 +267,15 @@ def fused_ffn(seed: int) -> nn.Module:
     return fuse(randomise(block, seed=seed).double().eval())
 
 
-def test_unpacked_weights_are_kept_until_they_change():
-    layers = fused_ffn(1)
+def test_changed_weights_are_seen():
+    layers, other = fused_ffn(1), fused_ffn(2)
     x = images(8, channels=16)
-    first, kept = outputs(layers, x), layers._kept
-    assert torch.equal(outputs(layers, x), first) and layers._kept is kept
+    first = outputs(layers, x)
     with torch.no_grad():
         layers.weights.mul_(2)
     assert not torch.equal(outputs(layers, x), first)
-    other = fused_ffn(2)
     layers.load_state_dict(other.state_dict())
     assert torch.equal(outputs(layers, x), outputs(other, x))
-    half = copy.deepcopy(layers).bfloat16().double()
-    assert layers.bfloat16()._kept is None
-    assert torch.equal(outputs(layers.double(), x), outputs(half, x))
-    outputs(layers, x)
-    size = len(pickle.dumps(layers))
-    assert layers._kept is not None and size < 1.5 * len(pickle.dumps(layers.state_dict())) + 2000
-    assert copy.deepcopy(layers)._kept is None
-
-
-def test_rebound_weights_are_seen():
-    layers = fused_ffn(1)
-    x = images(8, channels=16)
-    layers.load_state_dict(layers.state_dict())
-    outputs(layers, x)
-    layers.weights = nn.Parameter(layers.weights.data.mul_(2), requires_grad=False)  # same address, same version
-    assert torch.equal(outputs(layers, x), outputs(copy.deepcopy(layers), x))
-
-
-def test_fake_tensors_are_not_kept():
-    layers = fused_ffn(1)
-    x = images(8, channels=16)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        layers(mode.from_tensor(x))
-    assert type(outputs(layers, x)) is Tensor
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -671,7 +644,7 @@ def test_gradients_of_the_input(fast):
 
 
 @native_tier.needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_compile(fast, dtype):
     fast, x = fast.to(dtype), X.to(dtype)
     compiled = torch.compile(fast, fullgraph=True)
@@ -701,11 +674,13 @@ def test_jit_trace_and_onnx_see_plain_operators(fast, tmp_path):
 
 
 @native_tier.needs_native
-def test_backends_can_be_named(fast):
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_backends_can_be_named(fast, dtype, rounding):
+    fast, x = fast.to(dtype), X.to(dtype)
     with shvit_kernels.use_backend("eager"):
-        by_specification = outputs(fast, X)
-    assert not torch.equal(by_specification, outputs(fast, X))  # it was another computation
-    assert_near(by_specification, outputs(fast, X), 1e-5)
+        by_specification = outputs(fast, x)
+    assert not torch.equal(by_specification, outputs(fast, x))  # it was another computation
+    assert_near(by_specification, outputs(fast, x), rounding)
 
 
 @native_tier.needs_native

@@ -96,7 +96,8 @@ def show(results: Results, console: Console) -> None:
     peak = results["peak"]
     console.print(
         f"{results['device']}, {results['threads']} thread(s), backend {results['backend']}, "
-        f"{results['dtype']}, torch {results['versions']['torch']}; median (quartiles) of {results['rounds']} interleaved rounds; "
+        f"{results['dtype']}, torch {results['versions']['torch']}; "
+        f"median (quartiles) of {results['rounds']} interleaved rounds; "
         f"peak: {peak['gflops']:.1f} GFLOP/s, {peak['of']}"
     )
 
