@@ -160,6 +160,8 @@ struct Depthwise {
   using Params = shvit::DepthwiseParams<S>;
   using V = Vec<float, VB>;
   static constexpr int W = kLanes<float, VB>;
+  // What neighbouring outputs read stays in registers, where it fits beside the weights.
+  static constexpr bool kWindow = kRegisters<VB> >= 28;
   static constexpr int64_t kBandSize = (128 << 10) / sizeof(S), kSourceSize = (512 << 10) / sizeof(S);
 
   static int64_t out_height(const Params& a) { return a.stride == 2 ? halved(a.height) : a.height; }
@@ -253,14 +255,16 @@ struct Depthwise {
         from[ky] = (inside ? band.x + (source - band.first) * row_size(a) : band.zero) + channel;
       }
       S* y = a.y + ((band.image * out_height(a) + row) * out) * C + channel;
-      const auto pixel = [&](int64_t column, auto left, auto right) SHVIT_INLINE_LAMBDA {
+      const auto value = [&](int64_t column, int ky, int kx)
+                             SHVIT_INLINE_LAMBDA { return get(from[ky] + (Stride * column - 1 + kx) * C); };
+      // Without its neighbours on the left or right, where those are outside. `x`: the values under w.
+      const auto pixel = [&](int64_t column, auto left, auto right, auto x) SHVIT_INLINE_LAMBDA {
         V sum = bias;
-        const int64_t at = (Stride * column - 1) * C;
 #pragma GCC unroll 3
         for (int ky = 0; ky < 3; ++ky)
 #pragma GCC unroll 3
           for (int kx = decltype(left)::value; kx < 3 - decltype(right)::value; ++kx)
-            sum += get(from[ky] + at + kx * C) * w[3 * ky + kx];
+            sum += x(column, ky, kx) * w[3 * ky + kx];
         if (a.relu) sum = max0(sum);
         if (Lanes == W) {
           store_narrow<VB>(y + column * C, sum);
@@ -272,12 +276,29 @@ struct Depthwise {
       const bool right_inside = Stride * (out - 1) + 1 < a.width;
       const int64_t inner = right_inside ? out : out - 1;
       if (inner == 0) {
-        pixel(0, Count<1>{}, Count<1>{});
+        pixel(0, Count<1>{}, Count<1>{}, value);
         continue;
       }
-      pixel(0, Count<1>{}, Count<0>{});
-      for (int64_t column = 1; column < inner; ++column) pixel(column, Count<0>{}, Count<0>{});
-      if (!right_inside) pixel(out - 1, Count<0>{}, Count<1>{});
+      pixel(0, Count<1>{}, Count<0>{}, value);
+      if constexpr (kWindow) {
+        V window[3][3];
+        const auto in_window = [&](int64_t, int ky, int kx) SHVIT_INLINE_LAMBDA { return window[ky][kx]; };
+        const auto each = [&](int begin, int end, auto f) SHVIT_INLINE_LAMBDA {
+#pragma GCC unroll 3
+          for (int ky = 0; ky < 3; ++ky)
+#pragma GCC unroll 3
+            for (int kx = begin; kx < end; ++kx) window[ky][kx] = f(ky, kx);
+        };
+        each(0, 3 - Stride, [&](int ky, int kx) SHVIT_INLINE_LAMBDA { return value(1, ky, kx); });
+        for (int64_t column = 1; column < inner; ++column) {
+          each(3 - Stride, 3, [&](int ky, int kx) SHVIT_INLINE_LAMBDA { return value(column, ky, kx); });
+          pixel(column, Count<0>{}, Count<0>{}, in_window);
+          each(0, 3 - Stride, [&](int ky, int kx) SHVIT_INLINE_LAMBDA { return window[ky][kx + Stride]; });
+        }
+      } else {
+        for (int64_t column = 1; column < inner; ++column) pixel(column, Count<0>{}, Count<0>{}, value);
+      }
+      if (!right_inside) pixel(out - 1, Count<0>{}, Count<1>{}, value);
     }
   }
 };

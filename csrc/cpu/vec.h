@@ -109,17 +109,18 @@ SHVIT_INLINE void store_narrow(double* p, Vec<double, VB> v) {
 template <int VB>
 SHVIT_INLINE void store_narrow(BFloat16* p, Vec<float, VB> v) {
 #if SHVIT_BFLOAT16
-  if constexpr (VB == 64) {
-    const auto half = _mm512_cvtneps_pbh(v);
-    __builtin_memcpy(p, &half, sizeof half);
-    return;
-  }
-#endif
+  const auto half = [&] {
+    if constexpr (VB == 64) return _mm512_cvtneps_pbh(v);
+    if constexpr (VB == 32) return _mm256_cvtneps_pbh(v);
+    if constexpr (VB == 16) return _mm_cvtneps_pbh(v);
+  }();
+  __builtin_memcpy(p, &half, VB / 2);
+#else
   const auto bits = (Vec<uint32_t, VB>)v;
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t, VB> nan = Vec<uint32_t, VB>{} + 0x7fc0;
-  const auto half = __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, VB / 2>);
-  store(p, half);
+  store(p, __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, VB / 2>));
+#endif
 }
 
 // The first n lanes of a vector, fewer than it has; loaded ones are followed by zeros. AVX-512 is used by name,
