@@ -38,11 +38,26 @@ struct Image {
   bool channels_last = true;
 };
 
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return "another type";
+  }
+}
+
 template <class S>
 const S* values(const char* name, const Tensor& t) {
-  constexpr bool kFloat = std::is_same_v<S, float>;
-  STD_TORCH_CHECK(t.scalar_type() == (kFloat ? ScalarType::Float : ScalarType::BFloat16), name, " must be ",
-                  kFloat ? "float32" : "bfloat16");
+  constexpr ScalarType kType = std::is_same_v<S, float> ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(t.scalar_type() == kType, name, " must be ", name_of(kType), " as x is, got ",
+                  name_of(t.scalar_type()));
   return static_cast<const S*>(t.const_data_ptr());
 }
 
@@ -540,7 +555,8 @@ class Sequence {
 template <class F>
 Tensor of_type(const Tensor& x, F f) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "x must be float32 or bfloat16");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "x must be float32 or bfloat16, got ", name_of(type));
   return type == ScalarType::Float ? f(float{}) : f(BFloat16{});
 }
 
