@@ -39,9 +39,9 @@ needs_runtimes = pytest.mark.skipif(
 needs_timm = pytest.mark.skipif(peers.why_missing(peers.TIMM) is not None, reason="needs timm")
 
 
-def tiny(name: str = "tiny") -> Case:
+def tiny(name: str = "tiny", dtype: torch.dtype = torch.float32) -> Case:
     build = partial(SHViT, embed_dim=(16, 24, 32), partial_dim=(8, 8, 12), depth=(1, 1, 1), num_classes=10)
-    return next(definitions._of_module("models", name, build, (3, 64, 64), [2], [torch.float32]))
+    return next(definitions._of_module("models", name, build, (3, 64, 64), [2], [dtype]))
 
 
 @pytest.fixture
@@ -51,15 +51,27 @@ def without_runtimes(monkeypatch):
 
 
 @needs_runtimes
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("suite", ["op", "layer", "models"])
-def test_peers_compute_the_same(suite):
-    case = tiny() if suite == "models" else cases([suite], ["shvit_s1"], batches=[2])[0]
+def test_peers_compute_the_same(suite, dtype, rounding):
+    whole = suite == "models"
+    case = tiny(dtype=dtype) if whole else cases([suite], ["shvit_s1"], batches=[2], dtypes=[dtype])[0]
     assert case.mode == EVALUATION
-    expected = case.call(EAGER)()
+    expected = case.call(EAGER)().float()
     for name in contenders(case, compile=False, with_peers=True):
         call = case.call(name)
         for _ in range(2):  # the first call of a runtime exports
-            torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(call().float(), expected, rtol=rounding, atol=rounding)
+
+
+@needs_runtimes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runtimes_get_rounded_weights_and_the_type_to_compute_in(dtype):
+    case = tiny(dtype=dtype)
+    with torch.no_grad():
+        expected = case.module().to(dtype).float().eval()(case.inputs()[0][0].float())
+    torch.testing.assert_close(case.call(ONNX_RUNTIME)(), expected, rtol=1e-4, atol=1e-4)
+    assert CONTENDERS[OPENVINO].make(case.module().to(dtype), EVALUATION).dtype == dtype
 
 
 def test_who_takes_part():

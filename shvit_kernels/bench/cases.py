@@ -96,12 +96,12 @@ def _compiled_last(module: nn.Module, mode: str) -> nn.Module:
     return _compiled(_folded_last(module, mode), mode)
 
 
-def _onnx_runtime(module: nn.Module, mode: str) -> nn.Module:
-    return peers.Exported(_folded(module, mode), peers.onnx_runtime)
+def _exported(load: Callable[..., peers.Run]) -> Callable[[nn.Module, str], nn.Module]:
+    def make(module: nn.Module, mode: str) -> nn.Module:
+        dtype = next(module.parameters()).dtype
+        return peers.Exported(_folded(module.float(), mode), load, dtype)
 
-
-def _openvino(module: nn.Module, mode: str) -> nn.Module:
-    return peers.Exported(_folded(module, mode), peers.openvino)
+    return make
 
 
 def _autotuned(module: nn.Module, mode: str) -> nn.Module:
@@ -154,8 +154,8 @@ CONTENDERS = {
     FOLDED: Contender(_folded),
     FOLDED_LAST: Contender(_folded_last, layout=torch.channels_last),
     COMPILE_LAST: Contender(_compiled_last, layout=torch.channels_last),
-    ONNX_RUNTIME: Contender(_onnx_runtime, needs=peers.ONNX_RUNTIME_NEEDS, dtype=torch.float32),
-    OPENVINO: Contender(_openvino, needs=peers.OPENVINO_NEEDS, dtype=torch.float32),
+    ONNX_RUNTIME: Contender(_exported(peers.onnx_runtime), needs=peers.ONNX_RUNTIME_NEEDS, dtype=torch.float32),
+    OPENVINO: Contender(_exported(peers.openvino), needs=peers.OPENVINO_NEEDS, dtype=torch.float32),
 }
 _RUNTIMES = (ONNX_RUNTIME, OPENVINO)
 PEERS = {

@@ -79,16 +79,16 @@ def openvino(path: Path, threads: int, dtype: torch.dtype = torch.float32) -> Ru
 
 
 class Exported(nn.Module):
-    """A module under a runtime, which takes it over at the first call, for inputs of that shape, in float32.
+    """A module under a runtime, which takes it over at the first call, for inputs of that shape.
 
-    What it computes in is the type of the module.
+    Module and inputs are float32, ``dtype`` is what to compute in.
     """
 
-    def __init__(self, module: nn.Module, load: Callable[[Path, int, torch.dtype], Run]):
+    def __init__(self, module: nn.Module, load: Callable[[Path, int, torch.dtype], Run], dtype: torch.dtype):
         super().__init__()
-        self.dtype = next((p.dtype for p in module.parameters()), torch.float32)
-        self.module = module.float()
+        self.module = module
         self.load = load
+        self.dtype = dtype
         self.run: Run | None = None
 
     def forward(self, x: Tensor) -> Tensor:
