@@ -20,8 +20,8 @@ struct Conv3x3 {
   static constexpr int64_t kBands = 8, kBandsOfThread = 2, kRowsWithSource = 7;
   static constexpr int64_t kLinesAhead = 4;  // of x, on their way from memory
 
-  // What a tile of pixels reads: three pixels in each line inside the image, of `Channels`, where that is not
-  // 0.
+  // What a tile of pixels reads: three pixels in each line inside the image. `Channels`, unless 0, is known
+  // when this is compiled.
   template <int64_t Channels>
   struct Patches {
     int64_t channels;

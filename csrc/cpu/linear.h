@@ -86,22 +86,6 @@ struct LinearTasks {
   int64_t end_column(int64_t task) const { return few() ? min64(columns.n, (task + 1) * kColumns) : columns.n; }
 };
 
-// Values in the type that a kernel computes with: themselves, or converted in scratch. Null stays.
-template <class To, int VB, class From>
-SHVIT_INLINE const To* in_type(const From* values, int64_t n, Bump& bump) {
-  if constexpr (std::is_same_v<From, To>) {
-    return values;
-  } else {
-    To* made = bump.take<To>(n);
-    if (values) copy_row<VB>(values, made, n);
-    return values ? made : nullptr;
-  }
-}
-template <class To, class From>
-SHVIT_INLINE void take_in_type(int64_t n, Bump& bump) {
-  if constexpr (!std::is_same_v<From, To>) bump.take<To>(n);
-}
-
 // Rows of a product by packed weights, for a range of columns.
 template <int VB, class S>
 __attribute__((noinline)) void linear_rows(int64_t M, MatrixView<S> x, PackedWeights<S> weight, int64_t begin,

@@ -7,6 +7,22 @@
 
 namespace {
 
+// Parameters in float32: as they are, or converted in scratch. Null stays.
+template <int VB, class S>
+SHVIT_INLINE const float* in_float32(const S* values, int64_t n, Bump& bump) {
+  if constexpr (std::is_same_v<S, float>) {
+    return values;
+  } else {
+    float* made = bump.take<float>(n);
+    if (values) copy_row<VB>(values, made, n);
+    return values ? made : nullptr;
+  }
+}
+template <class S>
+SHVIT_INLINE void take_in_float32(int64_t n, Bump& bump) {
+  if constexpr (!std::is_same_v<S, float>) bump.take<float>(n);
+}
+
 template <class S, int VB>
 struct Mixer {
   using Params = shvit::MixerParams<S>;
@@ -40,7 +56,7 @@ struct Mixer {
     Plan plan = Attention::plan(a.attention);
     Bump scratch(nullptr), workspace(nullptr);
     scratch.take<char>(plan.scratch_bytes);
-    for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) take_in_type<float, S>(n, scratch);
+    for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) take_in_float32<S>(n, scratch);
     plan.flops += 2 * s.B * s.N * s.C * s.C;
     if (is_staged(a)) {
       workspace.take<char>(plan.workspace_bytes);
@@ -67,7 +83,7 @@ struct Mixer {
     shvit::ShsaForwardParams all = a.attention;
     if (phase < attention.phases) {
       const auto parameter = [&](const void*& values, int64_t n) {
-        values = in_type<float, VB>(static_cast<const S*>(values), n, scratch);
+        values = in_float32<VB>(static_cast<const S*>(values), n, scratch);
       };
       parameter(all.norm_weight, s.P);
       parameter(all.norm_bias, s.P);
