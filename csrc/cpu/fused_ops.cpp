@@ -131,7 +131,7 @@ class Weights {
     STD_TORCH_CHECK(tensor_ < tensors_->size() && taken <= current().numel() - at_,
                     "the layers take more weights than the ", tensors_->size(), " tensors have");
     at_ += taken;
-    return values<S>("weights", current()) + at_ - taken;
+    return static_cast<const S*>(current().const_data_ptr()) + at_ - taken;
   }
   Packed<S> packed(int64_t inputs, int64_t outputs) {
     check_width(outputs);

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Parameters in float32: as they are, or converted in scratch. Null stays.
+// Parameters in float32: as they are, or converted in scratch, of which null takes as much and stays null.
 template <int VB, class S>
 SHVIT_INLINE const float* in_float32(const S* values, int64_t n, Bump& bump) {
   if constexpr (std::is_same_v<S, float>) {
@@ -17,10 +17,6 @@ SHVIT_INLINE const float* in_float32(const S* values, int64_t n, Bump& bump) {
     if (values) copy_row<VB>(values, made, n);
     return values ? made : nullptr;
   }
-}
-template <class S>
-SHVIT_INLINE void take_in_float32(int64_t n, Bump& bump) {
-  if constexpr (!std::is_same_v<S, float>) bump.take<float>(n);
 }
 
 template <class S, int VB>
@@ -56,7 +52,7 @@ struct Mixer {
     Plan plan = Attention::plan(a.attention);
     Bump scratch(nullptr), workspace(nullptr);
     scratch.take<char>(plan.scratch_bytes);
-    for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) take_in_float32<S>(n, scratch);
+    for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) in_float32<VB, S>(nullptr, n, scratch);
     plan.flops += 2 * s.B * s.N * s.C * s.C;
     if (is_staged(a)) {
       workspace.take<char>(plan.workspace_bytes);

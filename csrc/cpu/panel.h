@@ -97,11 +97,7 @@ SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t 
       for (int64_t i = first; i < whole; i += 4) block(i, j);
     for (int64_t i = first; i < end; ++i)
       for (int64_t j = i < whole ? whole_cols : 0; j < cols; ++j)
-        if constexpr (std::is_same_v<From, To>) {
-          dst[j * ldd + i] = src[i * lds + j];
-        } else {
-          narrow(dst + j * ldd + i, widen(src[i * lds + j]));
-        }
+        narrow(dst + j * ldd + i, widen(src[i * lds + j]));
   }
 #undef SHVIT_SHUFFLE
 }
