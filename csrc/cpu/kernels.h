@@ -47,7 +47,7 @@ struct ShsaForwardParams {
   void *y, *mean, *rstd, *row_max, *row_sum;  // image, [B], [B], [B, N], [B, N]; the last four
                                               // are what a backward needs, or all null
   void* x1;                                   // with batch_norm: a copy of the first P channels, or null
-  int64_t y_row;  // if not 0, y holds the first P channels of each token alone, so far apart
+  bool attended_only;                         // y is an image of the first P channels alone
   void* workspace;
 };
 
@@ -59,16 +59,16 @@ struct ShsaBackwardParams {
   BatchNorm batch_norm;
   void *dx, *dnorm_weight, *dnorm_bias, *dqkv_weight, *dqkv_bias;  // null where not needed
   void *dbn_weight, *dbn_bias;                                     // [O], with batch_norm
-  int64_t x1_channels;    // of the images that x1 are the first channels of
-  int64_t dy_row, y_row;  // if not 0, dy and y hold the first P channels of each token alone, so far apart,
-  const void* residual;   // and dx gets those alone, plus those of this image; null if absent
-  void* made_y;           // with y_row, short images: y is made once more and written here, or null
+  int64_t x1_channels;   // of the images that x1 are the first channels of
+  bool attended_only;    // dy and y are images of the first P channels alone,
+  const void* residual;  // and dx gets those alone, plus those of this image; null if absent
+  bool makes_y;          // of short images with batch_norm: a phase before dy is read writes y once more
   void* workspace;
 };
 
 // The residual attention layer in training.
 struct MixerTrainForwardParams {
-  ShsaForwardParams attention;  // with batch_norm and ReLU; y, y_row and workspace are ours
+  ShsaForwardParams attention;  // with batch_norm and ReLU; y and workspace are ours
   bool residual;
   const void* proj_weight;  // [C, C]
   BatchNorm proj_norm;      // of C channels
@@ -77,7 +77,7 @@ struct MixerTrainForwardParams {
 };
 
 struct MixerTrainBackwardParams {
-  ShsaBackwardParams attention;  // as above; dy, y, their rows and residual are ours; x1 is x
+  ShsaBackwardParams attention;  // as above; dy, y and residual are ours; x1 is x
   double norm_eps;
   bool residual;
   const void *dout, *projected, *proj_weight;
@@ -114,7 +114,7 @@ struct FoldParams {
 
 // The residual attention layer in evaluation.
 struct MixerEvalParams {
-  ShsaForwardParams attention;  // with ReLU; qkv_weight, qkv_bias, y, y_row and workspace are ours
+  ShsaForwardParams attention;  // with ReLU; qkv_weight, qkv_bias, y and workspace are ours
   bool residual;
   FoldParams qkv, projection;  // [O, P], [C, C]; what is folded is ours
   void* out;                   // image

@@ -15,7 +15,7 @@ struct MixerEval {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *attended, *packed;                        // [B * N, P], the weight
+    T *attended, *packed;                        // image of P channels, the weight
     T *qkv_weight, *qkv_bias, *factor, *offset;  // folded: [O, P], [O], [C], [C]
     Workspace(void* base, const Params& a)
         : bump(base),
@@ -83,7 +83,7 @@ struct MixerEval {
       attention.qkv_weight = workspace.qkv_weight;
       attention.qkv_bias = workspace.qkv_bias;
       attention.y = workspace.attended;
-      attention.y_row = sizes(a).P;
+      attention.attended_only = true;
       attention.workspace = workspace.attention;
       Attention::run(attention, phase - kAttention, task, memory);
     }
@@ -130,8 +130,8 @@ struct MixerEval {
     gather_rows<T, VB>(a.attention, blocks, block, workspace.attended, scratch.y, ld(a));
     const T* residual = a.residual ? static_cast<const T*>(a.attention.x) + at : nullptr;
     const LinearFinish<T> finish{workspace.offset, residual, static_cast<T*>(a.out) + at, s.C, s.C, false};
-    product_of_packed<T, VB>(blocks.rows(block), WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, workspace.packed,
-                             channels.begin, channels.end, finish);
+    product_of_packed<T, VB>(blocks.rows(block), WholeRows<T>{{scratch.y, ld(a), 1}, s.C},
+                             {workspace.packed, s.C}, channels.begin, channels.end, finish);
   }
 
   static void project_channels(const Params& a, int64_t block, const Channels& channels, const Scratch& scratch,

@@ -30,23 +30,6 @@ struct PackedTokens {
   }
 };
 
-// Adds to (or starts) rows of whole vectors in cache.
-template <class T>
-struct SumFinish {
-  static constexpr bool kDeep = true;
-  T* c;
-  int64_t ld;
-  bool start;
-
-  template <class V, int MR, int NV>
-  SHVIT_INLINE void operator()(int64_t first, int64_t column, V (&acc)[MR][NV]) const {
-    each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
-      T* p = c + (first + i) * ld + column + j * static_cast<int64_t>(sizeof(V) / sizeof(T));
-      store(p, start ? v : load<V>(p) + v);
-    });
-  }
-};
-
 // Packs the tokens of a block: make(piece, channel, row) writes those of a piece to a row. `rows` has room for
 // some rows of a block, C at most.
 template <class T, class F>
@@ -165,7 +148,7 @@ struct MixerTrainForward {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *attended, *packed, *factor;  // [B * N, P], the weight, [C]
+    T *attended, *packed, *factor;  // image of P channels, the weight, [C]
     ChannelMoments channels;
     Workspace(void* base, const Params& a)
         : bump(base),
@@ -180,7 +163,7 @@ struct MixerTrainForward {
   static RowBlocks blocks_of(const Params& a) { return RowBlocks(sizes(a), a.attention.channels_last); }
   static shvit::ShsaForwardParams attention_of(const Params& a) {
     shvit::ShsaForwardParams attention = a.attention;
-    attention.y_row = a.attention.sizes.P;
+    attention.attended_only = true;
     return attention;
   }
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
@@ -240,7 +223,7 @@ struct MixerTrainForward {
     const int64_t first = blocks.first_row(task), rows = blocks.rows(task);
     gather_rows<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, ld(a));
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_packed<T, VB>(rows, WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, workspace.packed, 0, s.C,
+    product_of_packed<T, VB>(rows, WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, {workspace.packed, s.C}, 0, s.C,
                              into_rows(projected, s.C, s.C));
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
@@ -336,68 +319,85 @@ struct MixerTrainBackward {
     forward.norm_bias = b.norm_bias;
     forward.qkv_weight = b.qkv_weight;
     forward.batch_norm = b.batch_norm;
-    forward.y_row = ld(a);
+    forward.attended_only = true;
     return forward;
   }
   static shvit::ShsaBackwardParams attention_of(const Params& a) {
     shvit::ShsaBackwardParams attention = a.attention;
-    attention.dy_row = a.attention.sizes.P;
-    attention.y_row = ld(a);
+    attention.attended_only = true;
     attention.residual = a.residual ? a.dout : nullptr;
+    attention.makes_y = attention_makes_y(a);
     return attention;
   }
 
   struct Workspace {
     Bump bump;
     char* attention;
-    T *y, *dp, *dattended;               // [B * N, ld], blocks, [B * N, P]
+    T *attended, *dattended;             // images of P channels
     T *packed, *factor, *shift, *slope;  // the weight, [C] each
+    T* dweights;                         // [parts, C, C], where there are several
     double* partials;                    // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
         : bump(base),
           attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
                                           Attention::plan(attention_of(a)).workspace_bytes))),
-          y(bump.take<T>(sizes(a).B * sizes(a).N * ld(a))),
-          dp(bump.take<T>(blocks_of(a).count * dp_values(a))),
+          attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           packed(bump.take<T>(packed_values(a.attention))),
           factor(bump.take<T>(sizes(a).C)),
           shift(bump.take<T>(sizes(a).C)),
           slope(bump.take<T>(sizes(a).C)),
+          dweights(bump.take<T>(adds_parts(a) ? parts(a).parts * sizes(a).C * sizes(a).C : 0)),
           partials(bump.take<double>(blocks_of(a).count * 2 * sizes(a).C)) {}
+
+    // The sum of a part of the blocks.
+    T* dweight(const Params& a, int64_t part) const {
+      return adds_parts(a) ? dweights + part * sizes(a).C * sizes(a).C : static_cast<T*>(a.dproj_weight);
+    }
   };
 
-  // A block of dp: rows of channels, or packed tokens. Of dy: rows of channels, or channels of tokens.
-  static int64_t dp_values(const Params& a) {
-    return blocks_of(a).most_rows * (a.attention.channels_last ? ld(a) : sizes(a).C);
-  }
+  // Of a block: dp, rows of channels or packed tokens; dy, rows of channels or channels of tokens; y, packed
+  // rows of channels.
+  struct Scratch {
+    T *dp, *dy, *y;
+    Scratch(Bump& bump, const Params& a) {
+      const int64_t rows = blocks_of(a).most_rows * ld(a);
+      dp = bump.take<T>(rows);
+      dy = bump.take<T>(a.attention.channels_last ? rows : sizes(a).C * distance(a));
+      y = bump.take<T>(a.dproj_weight ? blocks_of(a).most_rows * round_up(sizes(a).C, kPanel) : 0);
+    }
+  };
   static int64_t distance(const Params& a) {
     return a.attention.channels_last ? ld(a) : block_distance<T, VB>(sizes(a));
   }
-  static int64_t dy_values(const Params& a) {
-    return distance(a) * (a.attention.channels_last ? blocks_of(a).most_rows : sizes(a).C);
+
+  // Blocks that add to one sum of dW: of enough tokens that the sums are few.
+  static Parts parts(const Params& a) {
+    constexpr int64_t kTokens = 128, kMost = 64;
+    const RowBlocks blocks = blocks_of(a);
+    return {blocks.count, min64(blocks.count, max64(1, min64(kMost, blocks.tokens / kTokens)))};
   }
+  static bool adds_parts(const Params& a) { return a.dproj_weight && parts(a).parts != 1; }
 
   // Channels that are brought in ahead of the one at work, where each is a plane of tokens.
   static constexpr int64_t kPlanesAhead = 8;
 
-  // Rows of dW are summed by one task each.
-  static constexpr int64_t kWeightRows = 96;
-  static Parts weight_parts(const Sizes& s) { return {s.C, ceil_div(s.C, kWeightRows)}; }
-  static int64_t most_weights(const Sizes& s) { return ceil_div(s.C, weight_parts(s).parts); }
-  static int64_t sum_ld(const Params& a) { return round_up(sizes(a).C, 2 * W) + W; }
+  // Rows of dW whose parts one task adds up.
+  static constexpr int64_t kWeightRows = 32;
 
   static bool needs_attention(const Params& a) {
     const shvit::ShsaBackwardParams& b = a.attention;
     return b.dx || b.dnorm_weight || b.dnorm_bias || b.dqkv_weight || b.dbn_weight || b.dbn_bias;
   }
 
-  // The gradients of short images make y in passing.
-  static bool makes_all_y(const Params& a) { return !needs_attention(a) || !Attention::is_short(sizes(a)); }
+  // The gradients of short images make y themselves.
+  static bool attention_makes_y(const Params& a) { return needs_attention(a) && Attention::is_short(sizes(a)); }
 
-  // Phases: sums over channels, their total, pack, through the projection, y once more, those of the attention,
-  // the projection's weight.
-  static constexpr int kTotal = 1, kPack = 2, kProject = 3, kForward = 4, kAttention = 9, kWeight = 16;
+  // Phases: sums over channels, their total, pack, y once more (by the forward, or the first phase of the
+  // attention), through the projection, the attention's other phases, the projection's weight.
+  static constexpr int kTotal = 1, kPack = 2, kForward = 3, kMakeY = 8, kProject = 9, kAttention = 9,
+                       kWeight = 17;
+  static int attention_phase(int phase) { return phase == 0 ? kMakeY : kAttention + phase; }
 
   static Plan plan(const Params& a) {
     const Sizes& s = sizes(a);
@@ -405,28 +405,23 @@ struct MixerTrainBackward {
     const RowBlocks blocks = blocks_of(a);
     const bool attends = needs_attention(a), weighs = a.dproj_weight;
     Plan plan;
-    plan.phases = 17;
+    plan.phases = 18;
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
     if (attends) plan.tasks[kPack] = packed_panels(a.attention);
-    if (attends || weighs) {
-      plan.tasks[kProject] = blocks.count;
-      if (makes_all_y(a)) {
-        for (int phase = 0; phase < forward.phases; ++phase)
-          plan.tasks[kForward + phase] = forward.tasks[phase];
-        plan.tasks[kForward + 2] = 0;  // the statistics are known
-      }
+    if (attends || weighs) plan.tasks[kProject] = parts(a).parts;
+    if ((attends || weighs) && !attention_makes_y(a)) {
+      for (int phase = 0; phase < forward.phases; ++phase) plan.tasks[kForward + phase] = forward.tasks[phase];
+      plan.tasks[kForward + 2] = 0;  // the statistics are known
     }
     if (attends)
       for (int phase = 0; phase < attention.phases; ++phase)
-        plan.tasks[kAttention + phase] = attention.tasks[phase];
-    if (weighs) plan.tasks[kWeight] = weight_parts(s).parts;
-    Bump dy(nullptr), sums(nullptr);
-    dy.take<T>(dy_values(a));
-    sums.take<T>(max64(most_weights(s), 2) * sum_ld(a));
-    plan.scratch_bytes =
-        max64(max64(dy.used(), sums.used()), max64(forward.scratch_bytes, attention.scratch_bytes));
+        plan.tasks[attention_phase(phase)] = attention.tasks[phase];
+    if (adds_parts(a)) plan.tasks[kWeight] = ceil_div(s.C, kWeightRows);
+    Bump scratch(nullptr);
+    Scratch(scratch, a);
+    plan.scratch_bytes = max64(scratch.used(), max64(forward.scratch_bytes, attention.scratch_bytes));
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
     return plan;
   }
@@ -436,22 +431,25 @@ struct MixerTrainBackward {
     if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase == kTotal) total_channels(a, workspace);
     if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
-    if (phase == kProject) project_block(a, task, Bump(memory).take<T>(0), workspace);
-    if (phase >= kForward && phase < kAttention) {
+    if (phase >= kForward && phase < kMakeY) {
       auto forward = forward_of(a);
-      forward.y = workspace.y;
+      forward.y = workspace.attended;
       forward.workspace = workspace.attention;
       Forward::run(forward, phase - kForward, task, memory);
     }
-    if (phase >= kAttention && phase < kWeight) {
+    if (phase == kProject) {
+      Bump bump(memory);
+      const Scratch scratch(bump, a);
+      for (int64_t block = parts(a).begin(task); block < parts(a).end(task); ++block)
+        project_block(a, block, task, scratch, workspace);
+    } else if (phase >= kMakeY && phase < kWeight) {
       auto attention = attention_of(a);
       attention.dy = workspace.dattended;
-      attention.y = workspace.y;
-      if (!makes_all_y(a)) attention.made_y = workspace.y;
+      attention.y = workspace.attended;
       attention.workspace = workspace.attention;
-      Attention::run(attention, phase - kAttention, task, memory);
+      Attention::run(attention, phase == kMakeY ? 0 : phase - kAttention, task, memory);
     }
-    if (phase == kWeight) sum_weight(a, task, Bump(memory).take<T>(0), workspace);
+    if (phase == kWeight) sum_weight(a, task, workspace);
   }
 
   static void sum_block(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
@@ -533,46 +531,67 @@ struct MixerTrainBackward {
     }
   }
 
-  // dp, the y of channels beyond the partial ones, and through the projection; `dy` is scratch.
-  static void project_block(const Params& a, int64_t task, T* dy, const Workspace& workspace) {
+  // A block of dp, through the projection, and its part of dW.
+  static void project_block(const Params& a, int64_t block, int64_t part, const Scratch& scratch,
+                            const Workspace& workspace) {
+    if (a.attention.channels_last) {
+      rows_through_norm(a, block, scratch.dp, workspace);
+    } else {
+      channels_through_norm(a, block, scratch.dy, scratch.dp, workspace);
+    }
+    if (needs_attention(a)) through_projection(a, block, scratch, workspace);
+    if (a.dproj_weight) add_weight(a, block, part, scratch, workspace);
+  }
+
+  static void through_projection(const Params& a, int64_t block, const Scratch& scratch,
+                                 const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const int64_t first = blocks.first_row(task), tokens = blocks.rows(task);
+    const int64_t tokens = blocks.rows(block), rows = distance(a);
     const bool by_channel = !a.attention.channels_last;
-    T* dp = workspace.dp + task * dp_values(a);
     if (by_channel) {
-      channels_through_norm(a, task, dy, dp, workspace);
+      product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C}, {scratch.dp, s.C}, 0,
+                               tokens, into_rows(scratch.dy, tokens, rows));
     } else {
-      rows_through_norm(a, first, tokens, dp, workspace);
+      product_of_packed<T, VB>(tokens, WholeRows<T>{{scratch.dp, rows, 1}, s.C}, {workspace.packed, s.C}, 0,
+                               s.C, into_rows(scratch.dy, s.C, rows));
     }
-    if (a.dproj_weight)
-      blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
-        rest_rows<VB>(channels_of(a, a.attention.x1, piece.image, s.P, piece.token), s.C - s.P, piece.n,
-                      workspace.y + (first + piece.row) * ld(a) + s.P, ld(a));
-      });
-    if (!needs_attention(a)) return;
-    T* dattended = workspace.dattended + first * s.P;
-    if (by_channel) {
-      product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C}, dp, 0, tokens,
-                               into_rows(dy, tokens, distance(a)));
-      transpose(dy, distance(a), s.P, tokens, dattended, s.P);
-    } else {
-      product_of_packed<T, VB>(tokens, WholeRows<T>{{dp, ld(a), 1}, s.C}, workspace.packed, 0, s.C,
-                               into_rows(dy, s.C, ld(a)));
-      for (int64_t t = 0; t < tokens; ++t) map_row<VB>(dy + t * ld(a), dattended + t * s.P, s.P, Identity{});
-    }
-    if (!a.attention.dx) return;
-    // From one token to the next, and from one channel to the next, in dy.
-    const int64_t token_step = by_channel ? 1 : ld(a), channel_step = by_channel ? distance(a) : 1;
-    blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
-      store_rest(a, piece.image, piece.token, piece.n, dy + piece.row * token_step + s.P * channel_step);
+    blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
+      const ImageView<const T> dy{scratch.dy + piece.row * (by_channel ? 1 : rows), by_channel ? rows : 1,
+                                  by_channel ? 1 : rows};
+      map_image<VB>(dy, image_view(workspace.dattended, piece.image, s.P, s.N, !by_channel).at(0, piece.token),
+                    s.P, piece.n, Identity{});
+      if (a.attention.dx) store_rest(a, piece.image, piece.token, piece.n, dy.at(s.P, 0).data);
     });
   }
 
-  // dp of rows of tokens, from row `first` of all images on.
-  static void rows_through_norm(const Params& a, int64_t first, int64_t rows, T* dp,
-                                const Workspace& workspace) {
-    const int64_t C = sizes(a).C;
+  static void add_weight(const Params& a, int64_t block, int64_t part, const Scratch& scratch,
+                         const Workspace& workspace) {
+    const Sizes& s = sizes(a);
+    const RowBlocks blocks = blocks_of(a);
+    const int64_t tokens = blocks.rows(block);
+    blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
+      const auto attended = image_view(static_cast<const T*>(workspace.attended), piece.image, s.P, s.N,
+                                       a.attention.channels_last);
+      pack_rows<VB>(attended.at(0, piece.token), s.P, piece.n, scratch.y, tokens, piece.row, 0, Identity{});
+      pack_rows<VB>(channels_of(a, a.attention.x1, piece.image, s.P, piece.token), s.C - s.P, piece.n,
+                    scratch.y, tokens, piece.row, s.P, Relu{});
+    });
+    T* sum = workspace.dweight(a, part);
+    const T* earlier = block == parts(a).begin(part) ? nullptr : sum;
+    const LinearFinish<T> finish{nullptr, earlier, sum, s.C, s.C, false};
+    if (a.attention.channels_last) {
+      product_of_packed<T, VB>(s.C, WholeRows<T>{{scratch.dp, 1, ld(a)}, tokens}, {scratch.y, tokens}, 0, s.C,
+                               finish);
+    } else {
+      product_of_packed<T, VB>(s.C, PackedTokens<T>{scratch.dp, s.C, tokens}, {scratch.y, tokens}, 0, s.C,
+                               finish);
+    }
+  }
+
+  // dp of the rows of a block.
+  static void rows_through_norm(const Params& a, int64_t block, T* dp, const Workspace& workspace) {
+    const int64_t C = sizes(a).C, first = blocks_of(a).first_row(block), rows = blocks_of(a).rows(block);
     const T *dout = typed(a.dout) + first * C, *projected = typed(a.projected) + first * C;
     const T *mean = typed(a.proj_norm.mean), *factor = workspace.factor, *shift = workspace.shift,
             *slope = workspace.slope;
@@ -633,27 +652,16 @@ struct MixerTrainBackward {
     }
   }
 
-  // Some rows of dW, over all tokens in the same order.
-  static void sum_weight(const Params& a, int64_t task, T* sums, const Workspace& workspace) {
-    const Sizes& s = sizes(a);
-    const RowBlocks blocks = blocks_of(a);
-    const int64_t first = weight_parts(s).begin(task), rows = weight_parts(s).end(task) - first;
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t tokens = blocks.rows(block);
-      const T *dp = workspace.dp + block * dp_values(a), *y = workspace.y + blocks.first_row(block) * ld(a);
-      const SumFinish<T> finish{sums, sum_ld(a), block == 0};
-      if (a.attention.channels_last) {
-        product_of_columns<T, VB>(rows, s.C, WholeRows<T>{{dp + first, 1, ld(a)}, tokens}, y, ld(a), finish);
-      } else {
-        product_of_columns<T, VB>(rows, s.C, PackedTokens<T>{dp + first * kPanel, s.C, tokens}, y, ld(a),
-                                  finish);
-      }
-    }
-    T* dweight = static_cast<T*>(a.dproj_weight) + first * s.C;
-    for (int64_t c = 0; c < rows; ++c)
-      make_row<VB>(dweight + c * s.C, s.C, [&](auto lane, int64_t k) SHVIT_INLINE_LAMBDA {
-        return blocks.count ? load_as(sums + c * sum_ld(a) + k, lane) : decltype(lane){};
-      });
+  // Some rows of dW, from all parts.
+  static void sum_weight(const Params& a, int64_t task, const Workspace& workspace) {
+    const int64_t C = sizes(a).C, first = task * kWeightRows * C, end = min64(C * C, first + kWeightRows * C);
+    make_row<VB>(static_cast<T*>(a.dproj_weight) + first, end - first,
+                 [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
+                   auto sum = lane;
+                   for (int64_t part = 0; part < parts(a).parts; ++part)
+                     sum += load_as(workspace.dweight(a, part) + first + i, lane);
+                   return sum;
+                 });
   }
 };
 

@@ -95,7 +95,7 @@ void attend(const Kernels& kernels, const Sizes& s, const Tensor& x, const Norm&
                            saved ? data(saved->row_max) : nullptr,
                            saved ? data(saved->row_sum) : nullptr,
                            x1,
-                           0,
+                           false,
                            nullptr};
   run(kernels.shsa_forward, params);
 }
@@ -130,10 +130,9 @@ void attend_backward(const Kernels& kernels, const Sizes& s, const Tensor& dy, c
                             dbn_weight,
                             dbn_bias,
                             s.P,
-                            0,
-                            0,
+                            false,
                             nullptr,
-                            nullptr,
+                            false,
                             nullptr};
   run(kernels.shsa_backward, params);
 }

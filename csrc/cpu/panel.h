@@ -65,9 +65,24 @@ SHVIT_INLINE ImageView<S> image_view(S* data, int64_t image, int64_t C, int64_t 
 // Rows that are transposed at a time: what they become in float32 is a cache line, which is then written whole.
 constexpr int64_t kTransposed = 16;
 
-// dst[j][i] = src[i][j], with conversion between storage and compute type.
-template <class From, class To>
-SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd) {
+struct Identity {
+  template <class V>
+  SHVIT_INLINE V operator()(V v) const {
+    return v;
+  }
+};
+
+struct Relu {
+  template <class V>
+  SHVIT_INLINE V operator()(V v) const {
+    return max0(v);
+  }
+};
+
+// dst[j][i] = f(src[i][j]), with conversion between storage and compute type.
+template <class From, class To, class F = Identity>
+SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd,
+                            F f = {}) {
   using T = typename ComputeOf<To>::type;
   constexpr int VB = 4 * sizeof(T);
   using V = Vec<T, VB>;
@@ -79,8 +94,8 @@ SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t 
 #endif
   const auto block = [&](int64_t i, int64_t j) SHVIT_INLINE_LAMBDA {
     const From* s = src + i * lds;
-    const V a = load_wide<VB>(s + j), b = load_wide<VB>(s + lds + j), c = load_wide<VB>(s + 2 * lds + j),
-            d = load_wide<VB>(s + 3 * lds + j);
+    const V a = f(load_wide<VB>(s + j)), b = f(load_wide<VB>(s + lds + j)),
+            c = f(load_wide<VB>(s + 2 * lds + j)), d = f(load_wide<VB>(s + 3 * lds + j));
     const V ab_lo = SHVIT_SHUFFLE(a, b, 0, 4, 1, 5), ab_hi = SHVIT_SHUFFLE(a, b, 2, 6, 3, 7);
     const V cd_lo = SHVIT_SHUFFLE(c, d, 0, 4, 1, 5), cd_hi = SHVIT_SHUFFLE(c, d, 2, 6, 3, 7);
     To* t = dst + j * ldd + i;
@@ -97,7 +112,7 @@ SHVIT_INLINE void transpose(const From* src, int64_t lds, int64_t rows, int64_t 
       for (int64_t i = first; i < whole; i += 4) block(i, j);
     for (int64_t i = first; i < end; ++i)
       for (int64_t j = i < whole ? whole_cols : 0; j < cols; ++j)
-        narrow(dst + j * ldd + i, widen(src[i * lds + j]));
+        narrow(dst + j * ldd + i, f(widen(src[i * lds + j])));
   }
 #undef SHVIT_SHUFFLE
 }
@@ -111,20 +126,6 @@ SHVIT_INLINE void map_row(const From* src, To* dst, int64_t n, F f) {
   for (; i + W <= n; i += W) store_narrow<VB>(dst + i, f(load_wide<VB>(src + i)));
   for (; i < n; ++i) narrow(dst + i, f(widen(src[i])));
 }
-
-struct Identity {
-  template <class V>
-  SHVIT_INLINE V operator()(V v) const {
-    return v;
-  }
-};
-
-struct Relu {
-  template <class V>
-  SHVIT_INLINE V operator()(V v) const {
-    return max0(v);
-  }
-};
 
 // A vector or a scalar, as the second argument is.
 template <class V, class S>

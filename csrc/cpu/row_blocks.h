@@ -51,11 +51,11 @@ SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
   return {nullptr, nullptr, rows, columns, ld, false};
 }
 
-// A, M rows, times packed [a.K, ...], for its columns from `begin` to `end` (as gemm_packed wants them).
-template <class T, int VB>
-__attribute__((noinline)) void product_of_packed(int64_t M, WholeRows<T> a, const T* packed, int64_t begin,
+// A, M rows, times packed [K, ...], for its columns from `begin` to `end` (as gemm_packed wants them).
+template <class T, int VB, class A>
+__attribute__((noinline)) void product_of_packed(int64_t M, A a, PackedWeights<T> packed, int64_t begin,
                                                  int64_t end, LinearFinish<T> finish) {
-  gemm_packed<T, VB, kTileRows<VB, true>>(M, a, PackedWeights<T>{packed, a.K}, begin, end, finish);
+  gemm_packed<T, VB, kTileRows<VB, true>>(M, a, packed, begin, end, finish);
 }
 
 // Columns of A times rows, NV vectors at a time from column `n` on, while more than `rest` columns are left;
@@ -116,35 +116,38 @@ SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_
   }
 }
 
-// ReLU of channels of an image, in rows.
-template <int VB, class T>
-SHVIT_INLINE void rest_rows(ImageView<const T> x, int64_t channels, int64_t n, T* rows, int64_t ld) {
-  constexpr int64_t kChannels = 4 * kPanel;  // at a time, while the next ones come from memory
-  if (x.token_stride == 1)
-    for (int64_t c = 0; c < channels; c += kChannels) {
-      const T* planes = x.data + c * x.channel_stride;
-      const int64_t count = min64(kChannels, channels - c), next = min64(kChannels, channels - c - count);
-      for (int64_t i = 0; i < next; ++i) prefetch(planes + (count + i) * x.channel_stride, n);
-      transpose(planes, x.channel_stride, count, n, rows + c, ld);
+// Rows [rows, ...] packed like weights: f of n tokens of an image, from row `row` on, are their channels from
+// `first` on.
+template <int VB, class T, class F>
+SHVIT_INLINE void pack_rows(ImageView<const T> x, int64_t channels, int64_t n, T* packed, int64_t rows,
+                            int64_t row, int64_t first, F f) {
+  constexpr int64_t kAhead = 4 * kPanel;  // channels that come from memory meanwhile
+  for (int64_t c = 0; c < channels;) {
+    const int64_t lane = (first + c) % kPanel, count = min64(kPanel - lane, channels - c);
+    T* to = packed + ((first + c - lane) * rows + row * kPanel) + lane;
+    if (x.token_stride == 1) {
+      for (int64_t i = c + kAhead; i < min64(c + kAhead + count, channels); ++i)
+        prefetch(x.data + i * x.channel_stride, n);
+      transpose(x.data + c * x.channel_stride, x.channel_stride, count, n, to, kPanel, f);
+    } else {
+      for (int64_t t = 0; t < n; ++t) map_row<VB>(x.data + t * x.token_stride + c, to + t * kPanel, count, f);
     }
-  for (int64_t t = 0; t < n; ++t) {
-    T* row = rows + t * ld;
-    map_row<VB>(x.token_stride == 1 ? row : x.data + t * x.token_stride, row, channels, Relu{});
+    c += count;
   }
 }
 
-// What the projection of a block reads, rows of channels: behind the `attended` ones, [B * N, P], those of x
-// beyond with ReLU.
+// What the projection of a block reads, rows of channels: behind the `attended` ones, images of P channels,
+// those of x beyond with ReLU.
 template <class T, int VB>
 SHVIT_INLINE void gather_rows(const shvit::ShsaForwardParams& a, const RowBlocks& blocks, int64_t block,
                               const T* attended, T* y, int64_t ld) {
   const Sizes& s = a.sizes;
-  blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
-    rest_rows<VB>(ShsaForward<T, VB>::x(a, piece.image).at(s.P, piece.token), s.C - s.P, piece.n,
-                  y + piece.row * ld + s.P, ld);
-  });
-  const T* from = attended + blocks.first_row(block) * s.P;
-  for (int64_t t = 0; t < blocks.rows(block); ++t) map_row<VB>(from + t * s.P, y + t * ld, s.P, Identity{});
+  const int64_t first = blocks.first_row(block);
+  const T *x = static_cast<const T*>(a.x) + first * s.C, *from = attended + first * s.P;
+  for (int64_t t = 0; t < blocks.rows(block); ++t) {
+    map_row<VB>(from + t * s.P, y + t * ld, s.P, Identity{});
+    map_row<VB>(x + t * s.C + s.P, y + t * ld + s.P, s.C - s.P, Relu{});
+  }
 }
 
 // The same of images in NCHW order: channels are rows of tokens.
@@ -152,9 +155,10 @@ template <class T, int VB>
 SHVIT_INLINE void gather_channels(const shvit::ShsaForwardParams& a, const RowBlocks& blocks, int64_t block,
                                   const T* attended, T* y, int64_t ld) {
   const Sizes& s = a.sizes;
-  transpose(attended + blocks.first_row(block) * s.P, s.P, blocks.rows(block), s.P, y, ld);
   blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
     const auto x = ShsaForward<T, VB>::x(a, piece.image).at(0, piece.token);
+    const T* from = image_view(attended, piece.image, s.P, s.N, false).at(0, piece.token).data;
+    for (int64_t c = 0; c < s.P; ++c) map_row<VB>(from + c * s.N, y + c * ld + piece.row, piece.n, Identity{});
     for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * ld + piece.row, piece.n, Relu{});
   });
 }

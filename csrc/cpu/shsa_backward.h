@@ -43,10 +43,11 @@ struct ShsaBackward {
   // Panels of one group of short images, or of one block of a long image: the same columns in each. `staged`
   // are those that batch normalisation keeps from phase to phase; without it `normal` is null.
   struct Staged {
-    T *dqkv, *normal;  // [O, ld], [O, ld]
+    T *dqkv, *normal, *qkv;  // [O, ld] each
     Staged(Bump& bump, const Params& a, int64_t ld)
         : dqkv(bump.take<T>(a.sizes.O() * ld)),
-          normal(a.batch_norm.mean ? bump.take<T>(a.sizes.O() * ld) : nullptr) {}
+          normal(a.batch_norm.mean ? bump.take<T>(a.sizes.O() * ld) : nullptr),
+          qkv(a.makes_y ? bump.take<T>(a.sizes.O() * ld) : nullptr) {}
   };
   struct Panels {
     int64_t ld;
@@ -148,8 +149,11 @@ struct ShsaBackward {
     }
   };
 
-  // Phases: recompute, attend, sums over channels, their total, project, store, parameters. Short images do the
-  // first five in one or, with batch normalisation, attend and then project.
+  // Phases: y once more, recompute, attend, sums over channels, their total, project, store, parameters. Short
+  // images recompute, attend and project in one phase or, with batch normalisation, attend and then project.
+  static constexpr int kMakeY = 0, kRecompute = 1, kAttend = 2, kSums = 3, kTotal = 4, kProject = 5, kStore = 6,
+                       kParameters = 7;
+
   static Plan plan(const Params& a) {
     const Sizes& s = a.sizes;
     const bool batch_norm = a.batch_norm.mean;
@@ -163,14 +167,15 @@ struct ShsaBackward {
     }
     plan.scratch_bytes = bump.used();
     plan.workspace_bytes = Workspace(nullptr, a).bump.used();
-    plan.phases = 7;
-    plan.tasks[6] = 1;
-    plan.tasks[4] = total_parts(s);
-    if (batch_norm) plan.tasks[3] = 1;
-    if (batch_norm || !is_short(s)) plan.tasks[1] = total_parts(s);
+    plan.phases = 8;
+    plan.tasks[kParameters] = 1;
+    plan.tasks[kProject] = total_parts(s);
+    if (batch_norm) plan.tasks[kTotal] = 1;
+    if (batch_norm || !is_short(s)) plan.tasks[kAttend] = total_parts(s);
+    if (a.makes_y) plan.tasks[kMakeY] = units(s);
     if (is_short(s)) return plan;
-    plan.tasks[0] = plan.tasks[5] = s.B * blocks(s);
-    plan.tasks[2] = total_parts(s);
+    plan.tasks[kRecompute] = plan.tasks[kStore] = s.B * blocks(s);
+    plan.tasks[kSums] = total_parts(s);
     return plan;
   }
 
@@ -179,17 +184,19 @@ struct ShsaBackward {
     Bump bump(nullptr);
     const Scratch scratch = scratch_of(bump, memory, s);
     const Workspace workspace(a.workspace, a);
-    if (phase == 3) total_channels(a, workspace);
-    if (phase == 6) finish_parameters(a, workspace);
+    if (phase == kMakeY) make_group(a, task, scratch, workspace.staged(a, task));
+    if (phase == kTotal) total_channels(a, workspace);
+    if (phase == kParameters) finish_parameters(a, workspace);
     if (is_short(s)) {
-      if (phase == 1 || phase == 4) run_part(a, phase == 4, task, scratch, bump, workspace);
+      if (phase == kAttend || phase == kProject) run_part(a, phase == kProject, task, scratch, bump, workspace);
       return;
     }
-    if (phase == 0) recompute_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
-    if (phase == 1) attend_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
-    if (phase == 2) sum_part(a, task / parts(s).parts, task % parts(s).parts, workspace);
-    if (phase == 4) project_part(a, task / parts(s).parts, task % parts(s).parts, scratch, workspace);
-    if (phase == 5) store_block(a, task / blocks(s), task % blocks(s), scratch, workspace);
+    const int64_t block = task % blocks(s), part = task % parts(s).parts;
+    if (phase == kRecompute) recompute_block(a, task / blocks(s), block, scratch, workspace);
+    if (phase == kAttend) attend_part(a, task / parts(s).parts, part, scratch, workspace);
+    if (phase == kSums) sum_part(a, task / parts(s).parts, part, workspace);
+    if (phase == kProject) project_part(a, task / parts(s).parts, part, scratch, workspace);
+    if (phase == kStore) store_block(a, task / blocks(s), block, scratch, workspace);
   }
 
   static const T* typed(const void* p) { return static_cast<const T*>(p); }
@@ -198,10 +205,10 @@ struct ShsaBackward {
   static ImageView<const S> whole(const Params& a, const void* data, int64_t image) {
     return image_view(static_cast<const S*>(data), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
-  // dy or y: whole images, or rows of their first P channels.
-  static ImageView<const S> first(const Params& a, const void* data, int64_t row, int64_t image) {
-    if (!row) return whole(a, data, image);
-    return {static_cast<const S*>(data) + image * a.sizes.N * row, 1, row};
+  // dy or y from a token on: whole images, or their first P channels.
+  static ImageView<const S> attended(const Params& a, const void* data, int64_t image, int64_t token) {
+    const int64_t channels = a.attended_only ? a.sizes.P : a.sizes.C;
+    return image_view(static_cast<const S*>(data), image, channels, a.sizes.N, a.channels_last).at(0, token);
   }
 
   // normal and z of n tokens, from x1 and the saved statistics.
@@ -223,8 +230,8 @@ struct ShsaBackward {
   static void load_dout(const Params& a, int64_t image, int64_t token, int64_t n, int64_t ld, T* y, T* dout,
                         T* delta) {
     const Sizes& s = a.sizes;
-    load_panel<VB>(first(a, a.dy, a.dy_row, image).at(0, token), s.P, n, dout, ld);
-    if (!a.made_y) load_panel<VB>(first(a, a.y, a.y_row, image).at(0, token), s.P, n, y, ld);
+    load_panel<VB>(attended(a, a.dy, image, token), s.P, n, dout, ld);
+    load_panel<VB>(attended(a, a.y, image, token), s.P, n, y, ld);
     const Parts depth{s.P, depth_pieces(s.P)};
     over_columns<T, VB>(n, [&](auto lanes, int64_t t) SHVIT_INLINE_LAMBDA {
       auto sum = lanes;
@@ -243,6 +250,15 @@ struct ShsaBackward {
       }
       store(delta + t, sum);
     });
+  }
+
+  static void make_group(const Params& a, int64_t group, const Scratch& scratch, const Staged& staged) {
+    const Groups<T, VB> groups(a.sizes);
+    load_group(a, groups, group, scratch);
+    const int64_t images = groups.size(group, a.sizes.B);
+    project_panel(a, images * groups.distance, groups.ld, scratch.z, staged.qkv, staged.normal);
+    for (int64_t i = 0; i < images; ++i)
+      make_y(a, groups.begin(group) + i, staged.qkv + i * groups.distance, groups.ld, scratch.y, scratch);
   }
 
   // y of a short image, from its panel of q, k and v and the saved statistics.
@@ -270,7 +286,7 @@ struct ShsaBackward {
         });
     }
     store_panel<VB>(y, ld, s.P, s.N,
-                    ImageView<S>{static_cast<S*>(a.made_y) + image * s.N * a.y_row, 1, a.y_row});
+                    image_view(static_cast<S*>(const_cast<void*>(a.y)), image, s.P, s.N, a.channels_last));
   }
 
   // All queries of a panel against one block of keys: adds to dk and dv of the keys and to dq [queries, D].
@@ -369,7 +385,7 @@ struct ShsaBackward {
     const Sizes& s = a.sizes;
     const auto dx = image_view(static_cast<S*>(a.dx), image, s.C, s.N, a.channels_last).at(0, token);
     store_panel<VB>(dx1, ld, s.P, n, dx);
-    if (a.dy_row) {
+    if (a.attended_only) {
       if (a.residual) add_image<VB>(whole(a, a.residual, image).at(0, token), dx, s.P, n);
       return;
     }
@@ -412,17 +428,18 @@ struct ShsaBackward {
                            const Panels& panels, const Staged& staged, const Partials& partials) {
     const Sizes& s = a.sizes;
     const int64_t first = groups.begin(group), images = groups.size(group, s.B), ld = groups.ld;
-    const int64_t columns = images * groups.distance;
-    load_group(a, groups, group, scratch);
-    project_panel(a, columns, ld, scratch.z, panels.qkv, staged.normal);
+    const T* all_qkv = a.makes_y ? staged.qkv : panels.qkv;
+    if (!a.makes_y) {
+      load_group(a, groups, group, scratch);
+      project_panel(a, images * groups.distance, ld, scratch.z, panels.qkv, staged.normal);
+    }
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance;
-      if (a.made_y) make_y(a, first + i, panels.qkv + column, ld, scratch.y + column, scratch);
       load_dout(a, first + i, 0, s.N, ld, scratch.y + column, panels.dout + column, panels.delta + column);
     }
     for (int64_t i = 0; i < images; ++i) {
       const int64_t column = i * groups.distance, offset = (first + i) * s.N;
-      const T* qkv = panels.qkv + column;
+      const T* qkv = all_qkv + column;
       T* dqkv = staged.dqkv + column;
       transpose(qkv + s.D * ld, ld, s.D, s.N, scratch.kt, padded(s.D));
       const Queries queries{

@@ -146,8 +146,8 @@ struct ShsaForward {
     return image_view(static_cast<const S*>(a.x), image, a.sizes.C, a.sizes.N, a.channels_last);
   }
   static ImageView<S> y(const Params& a, int64_t image) {
-    if (a.y_row) return {static_cast<S*>(a.y) + image * a.sizes.N * a.y_row, 1, a.y_row};
-    return image_view(static_cast<S*>(a.y), image, a.sizes.C, a.sizes.N, a.channels_last);
+    const int64_t channels = a.attended_only ? a.sizes.P : a.sizes.C;
+    return image_view(static_cast<S*>(a.y), image, channels, a.sizes.N, a.channels_last);
   }
 
   static void finish_statistics(const Params& a, const Workspace& workspace) {
@@ -220,7 +220,7 @@ struct ShsaForward {
   }
 
   static void copy_rest(const Params& a, int64_t image, int64_t token, int64_t n) {
-    if (a.y_row) return;
+    if (a.attended_only) return;
     const Sizes& s = a.sizes;
     const auto from = x(a, image).at(s.P, token);
     const auto to = y(a, image).at(s.P, token);
