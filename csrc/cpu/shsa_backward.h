@@ -41,7 +41,7 @@ struct ShsaBackward {
   static int64_t total_parts(const Sizes& s) { return is_short(s) ? parts(s).parts : s.B * parts(s).parts; }
 
   // Panels of one group of short images, or of one block of a long image: the same columns in each. `staged`
-  // are those that batch normalisation keeps from phase to phase; without it `normal` is null.
+  // are those that are kept from phase to phase: `normal` with batch normalisation, `qkv` where y is made.
   struct Staged {
     T *dqkv, *normal, *qkv;  // [O, ld] each
     Staged(Bump& bump, const Params& a, int64_t ld)
@@ -252,6 +252,7 @@ struct ShsaBackward {
     });
   }
 
+  // q, k, v and y of a group, before dy is known; y is ours then.
   static void make_group(const Params& a, int64_t group, const Scratch& scratch, const Staged& staged) {
     const Groups<T, VB> groups(a.sizes);
     load_group(a, groups, group, scratch);
