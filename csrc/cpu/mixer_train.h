@@ -440,7 +440,8 @@ struct MixerTrainBackward {
     if (phase == kProject) {
       Bump bump(memory);
       const Scratch scratch(bump, a);
-      for (int64_t block = parts(a).begin(task); block < parts(a).end(task); ++block)
+      const Parts cut = parts(a);
+      for (int64_t block = cut.begin(task); block < cut.end(task); ++block)
         project_block(a, block, task, scratch, workspace);
     } else if (phase >= kMakeY && phase < kWeight) {
       auto attention = attention_of(a);
@@ -654,14 +655,8 @@ struct MixerTrainBackward {
 
   // Some rows of dW, from all parts.
   static void sum_weight(const Params& a, int64_t task, const Workspace& workspace) {
-    const int64_t C = sizes(a).C, first = task * kWeightRows * C, end = min64(C * C, first + kWeightRows * C);
-    make_row<VB>(static_cast<T*>(a.dproj_weight) + first, end - first,
-                 [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
-                   auto sum = lane;
-                   for (int64_t part = 0; part < parts(a).parts; ++part)
-                     sum += load_as(workspace.dweight(a, part) + first + i, lane);
-                   return sum;
-                 });
+    const int64_t C = sizes(a).C, first = task * kWeightRows * C, n = min64(C * C - first, kWeightRows * C);
+    add_parts(workspace.dweights + first, parts(a).parts, C * C, n, static_cast<T*>(a.dproj_weight) + first);
   }
 };
 

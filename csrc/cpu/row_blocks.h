@@ -156,10 +156,11 @@ SHVIT_INLINE void gather_channels(const shvit::ShsaForwardParams& a, const RowBl
                                   const T* attended, T* y, int64_t ld) {
   const Sizes& s = a.sizes;
   blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
-    const auto x = ShsaForward<T, VB>::x(a, piece.image).at(0, piece.token);
-    const T* from = image_view(attended, piece.image, s.P, s.N, false).at(0, piece.token).data;
-    for (int64_t c = 0; c < s.P; ++c) map_row<VB>(from + c * s.N, y + c * ld + piece.row, piece.n, Identity{});
-    for (int64_t c = s.P; c < s.C; ++c) map_row<VB>(x.data + c * s.N, y + c * ld + piece.row, piece.n, Relu{});
+    const auto x = ShsaForward<T, VB>::x(a, piece.image).at(s.P, piece.token);
+    const auto first = image_view(attended, piece.image, s.P, s.N, false).at(0, piece.token);
+    const ImageView<T> to{y + piece.row, ld, 1};
+    map_image<VB>(first, to, s.P, piece.n, Identity{});
+    map_image<VB>(x, to.at(s.P, 0), s.C - s.P, piece.n, Relu{});
   });
 }
 
