@@ -33,6 +33,20 @@ inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+// torch::stable::new_empty, which looks its operator up by name at each call, without that.
+inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType type) {
+  int32_t device_type, device_index, layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), size.data(),
+                                                          static_cast<int64_t>(size.size()), &dtype, &layout,
+                                                          &device_type, device_index, nullptr, &made));
+  return Tensor(made);
+}
+
 inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int64_t H, int64_t W) {
   // Not a dense tensor seen as another: results that are views could not be modified in place.
   return torch::stable::empty({B, C, H, W}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
@@ -42,12 +56,12 @@ inline Tensor empty_channels_last(const Tensor& like, int64_t B, int64_t C, int6
 inline Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last) {
   const int64_t B = like.size(0), H = like.size(2), W = like.size(3);
   if (channels_last) return empty_channels_last(like, B, channels, H, W);
-  return torch::stable::new_empty(like, {B, channels, H, W});
+  return make_empty(like, {B, channels, H, W}, like.scalar_type());
 }
 
 // The gradient of `images`, with C channels; size [0] where not needed.
 inline Tensor image_gradient(const Tensor& images, int64_t C, bool channels_last, bool needed) {
-  return needed ? empty_image(images, C, channels_last) : torch::stable::new_empty(images, {0});
+  return needed ? empty_image(images, C, channels_last) : make_empty(images, {0}, images.scalar_type());
 }
 
 inline void check_gradient_of(const Tensor& y, const Tensor& dy) {
@@ -115,21 +129,33 @@ struct RunningNorm {
   const Parameter weight, bias, mean, var;
 };
 
-// What the update of running statistics [O] writes, all of one type, and reads, of the type that statistics of
-// a batch have.
-inline void check_running_statistics(ScalarType type, const Tensor& running_mean, const Tensor& running_var,
-                                     const Tensor& num_batches_tracked, const Tensor& mean,
-                                     const Tensor& variance) {
-  const auto check = [](const char* name, const Tensor& t, int64_t count, ScalarType wanted) {
-    STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " values, got ", t.numel());
-    STD_TORCH_CHECK(t.scalar_type() == wanted && t.is_contiguous(), name,
-                    " must be contiguous and of the type that the kernel takes");
-  };
-  check("num_batches_tracked", num_batches_tracked, 1, ScalarType::Long);
-  check("mean", mean, mean.numel(), type);
-  check("variance", variance, mean.numel(), type);
-  check("running_mean", running_mean, mean.numel(), running_mean.scalar_type());
-  check("running_var", running_var, mean.numel(), running_mean.scalar_type());
+// Statistics [channels] that kernels read or write in place.
+inline void check_statistics(const char* prefix, const char* name, const Tensor& t, int64_t channels,
+                             ScalarType type) {
+  STD_TORCH_CHECK(t.numel() == channels, prefix, name, " must have ", channels, " values, got ", t.numel());
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), prefix, name,
+                  " must be contiguous and of the type that the kernel takes");
+}
+
+inline void check_num_batches_tracked(const char* prefix, const Tensor& num_batches_tracked) {
+  check_statistics(prefix, "num_batches_tracked", num_batches_tracked, 1, ScalarType::Long);
+}
+
+// Both of one type, any that batch normalisation comes in.
+inline void check_running_statistics(const char* prefix, const Tensor& running_mean, const Tensor& running_var,
+                                     int64_t channels) {
+  const ScalarType type = running_mean.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  prefix, "running_mean must be float16, bfloat16, float32 or float64");
+  check_statistics(prefix, "running_mean", running_mean, channels, type);
+  check_statistics(prefix, "running_var", running_var, channels, type);
+}
+
+// Mean and variance of a batch, as the update of running statistics reads them.
+inline void check_batch_statistics(ScalarType type, const Tensor& mean, const Tensor& variance) {
+  check_statistics("", "mean", mean, mean.numel(), type);
+  check_statistics("", "variance", variance, mean.numel(), type);
 }
 
 // From the variance of `count` values to an estimate of that of all.
@@ -143,8 +169,8 @@ struct Saved {
 };
 
 inline Saved empty_saved(const Tensor& x, int64_t B, int64_t N, ScalarType type) {
-  return {torch::stable::new_empty(x, {B}, type), torch::stable::new_empty(x, {B}, type),
-          torch::stable::new_empty(x, {B, N}, type), torch::stable::new_empty(x, {B, N}, type)};
+  return {make_empty(x, {B}, type), make_empty(x, {B}, type), make_empty(x, {B, N}, type),
+          make_empty(x, {B, N}, type)};
 }
 
 // A gradient of the shape and type of a parameter: written by kernels in `type`, converted at the end.
@@ -153,8 +179,7 @@ class Gradient {
   Gradient(const std::optional<Tensor>& parameter, bool needed, const Tensor& like, ScalarType type)
       : type_(parameter.has_value() ? parameter->scalar_type() : like.scalar_type()) {
     const bool made = needed && parameter.has_value();
-    tensor_ = made ? torch::stable::new_empty(*parameter, parameter->sizes(), type)
-                   : torch::stable::new_empty(like, {0}, type_);
+    tensor_ = made ? make_empty(*parameter, parameter->sizes(), type) : make_empty(like, {0}, type_);
     data_ = made ? tensor_.mutable_data_ptr() : nullptr;
   }
   void* data() const { return data_; }

@@ -201,16 +201,28 @@ def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[
     return total, merged.to(mean.dtype), merged_cov.to(cov.dtype)
 
 
+def _check_count(count: int | Tensor, size: torch.Size) -> None:
+    """As ``torch.nn.BatchNorm2d`` does."""
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def _tracked(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None]:
+    """The running mean, variance and number of batches that a batch updates, and with which momentum."""
+    if not (bn.training and bn.track_running_stats):
+        return None, None, None, None
+    own = bn._buffers
+    return own["running_mean"], own["running_var"], own["num_batches_tracked"], bn.momentum
+
+
 def _track(
     backend: ModuleType, bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor
 ) -> None:
     """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does (unbiased variance, same error)."""
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    if bn.training and bn.track_running_stats:
-        own = bn._buffers
-        running = own["running_mean"], own["running_var"], own["num_batches_tracked"]
-        backend.update_running_statistics(*running, mean, variance, count, bn.momentum)
+    _check_count(count, size)
+    *running, momentum = _tracked(bn)
+    if running[0] is not None:
+        backend.update_running_statistics(*running, mean, variance, count, momentum)
 
 
 class SHSA(nn.Module):
@@ -337,14 +349,9 @@ class SHSA(nn.Module):
         projection = (_weight_and_bias(proj)[0], *_weight_and_bias(proj_bn))
         epsilons = (norm.eps, bn.eps, proj_bn.eps)
 
-        def track(mean: Tensor, variance: Tensor, proj_mean: Tensor, proj_var: Tensor) -> None:
-            count = x.shape[0] * x.shape[2] * x.shape[3]
-            _track(backends.cpu, bn, count, x.shape, mean, variance)
-            _track(backends.cpu, proj_bn, count, x.shape, proj_mean, proj_var)
-
+        _check_count(x.shape[0] * x.shape[2] * x.shape[3], x.shape)
         settings = (self.qk_dim, *epsilons, self.scale, residual)
-        y, *_ = backends.cpu.mixer_train(x, *attention, *projection, *settings, measured=track)
-        return y
+        return backends.cpu.mixer_train(x, *attention, *projection, *settings, *_tracked(bn), *_tracked(proj_bn))
 
     def _evaluate(
         self,

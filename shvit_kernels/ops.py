@@ -74,11 +74,14 @@ _MIXER_TRAIN = (
     f"{_NORM}, {_BATCH_NORM}, {_PROJ}, int qk_dim, float norm_eps, float bn_eps, float proj_bn_eps, float scale, "
     "bool residual"
 )
-_MIXER_TRAIN_SAVED = (
-    f"Tensor projected, {_SHSA_SAVED}, Tensor batch_mean, Tensor batch_var, Tensor proj_mean, Tensor proj_var"
+_RUNNING = (
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, "
+    "Tensor(d!)? proj_running_mean, Tensor(e!)? proj_running_var, Tensor(f!)? proj_num_batches_tracked, "
+    "float? proj_momentum"
 )
+_MIXER_TRAIN_SAVED = "Tensor projected, Tensor statistics"
 _MIXER_TRAIN_SCHEMAS = (
-    f"mixer_train_forward(Tensor x, {_MIXER_TRAIN}) -> (Tensor out, {_MIXER_TRAIN_SAVED})",
+    f"mixer_train_forward(Tensor x, {_MIXER_TRAIN}, {_RUNNING}) -> (Tensor out, {_MIXER_TRAIN_SAVED})",
     f"mixer_train_backward(Tensor dout, Tensor x, {_MIXER_TRAIN_SAVED}, {_MIXER_TRAIN}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -192,13 +195,14 @@ def _fake_train_backward(dy, y, *rest):
 
 
 def _fake_mixer_train(x, norm_weight, norm_bias, weight, *rest):
-    out, *statistics = _fake_shsa(x, norm_weight, norm_bias, weight)
-    sizes = (weight.shape[:1], weight.shape[:1], x.shape[1:2], x.shape[1:2])
-    return out, torch.empty_like(out), *statistics, *(x.new_empty(size) for size in sizes)
+    # Means and variances [O, O, C, C] of both projections, of the images [B, B], of the softmax's rows [B N, B N].
+    B, C, H, W = x.shape
+    out = _empty_image(x, C)
+    return out, torch.empty_like(out), x.new_empty(2 * (weight.shape[0] + C + B + B * H * W))
 
 
-def _fake_mixer_train_backward(dout, x, *rest):
-    parameters, needs = rest[9:17], rest[-1]
+def _fake_mixer_train_backward(dout, x, projected, statistics, *rest):
+    parameters, needs = rest[:8], rest[-1]
     dx = _empty_image(x, x.shape[1]) if needs[0] else x.new_empty(0)
     return dx, *_fake_gradients(needs[1:], x, *parameters)
 
@@ -460,8 +464,8 @@ class MixerTrain(torch.autograd.Function):
     """``apply((settings, saved, out), x, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
     proj_bn_weight, proj_bn_bias)`` of mixer_train_forward: ``out``, its first result, differentiable.
 
-    The operator runs before, so that a layer can update its running statistics in between: gradient checkpointing runs
-    a layer again, but not beyond the last tensor that is saved.
+    The operator, which updates the running statistics, runs before: gradient checkpointing runs a layer again, but not
+    beyond the last tensor that is saved.
     """
 
     @staticmethod

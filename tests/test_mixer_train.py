@@ -20,7 +20,7 @@ pytestmark = native_tier.needs_native
 BACKEND = "cpu"
 FORWARD = torch.ops.shvit_kernels.mixer_train_forward.default
 BACKWARD = torch.ops.shvit_kernels.mixer_train_backward.default
-SAVED = 10  # results of the forward
+NOTHING_RUNNING = (None,) * 8
 # Batch statistics of a handful of tokens are a matter of the tests in float64: their rounding knows no bound.
 PLAIN = {"autocast": (False,), "relu": (True,), "needs": ("all",), "dtype": (torch.float32, torch.float64)}
 COVER = named(covering_set(**PLAIN, P=(48, 7, 66, 75), D=(16, 1, 24), N=(16, 49, 64, 257), B=(2, 0, 1, 17)))
@@ -209,12 +209,16 @@ def test_nan_stays_where_the_specification_has_it(layout):
 
 
 def arguments(case: Case, residual: bool = True) -> tuple[tuple, tuple]:
-    """Of the forward, and of the backward without ``needs``."""
+    """Of the forward but for running statistics, and of the backward without ``needs``."""
     settings = (case.D, 1e-5, 1e-5, 1e-5, 0.5, residual)
     forward = (*mixer_train_call(case).inputs.values(), *settings)
-    _, *saved = FORWARD(*forward)
-    assert len(saved) + 1 == SAVED
+    _, *saved = FORWARD(*forward, *NOTHING_RUNNING)
     return forward, (torch.randn_like(forward[0]), forward[0], *saved, *forward[1:])
+
+
+def running(width: int, dtype: torch.dtype = torch.float32, momentum: float | None = 0.1) -> tuple:
+    """Running mean and variance, number of batches and momentum."""
+    return torch.randn(width, dtype=dtype), torch.rand(width, dtype=dtype), torch.tensor(3), momentum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -227,7 +231,8 @@ def arguments(case: Case, residual: bool = True) -> tuple[tuple, tuple]:
 def test_opcheck(options, layout, dtype):
     case = Case(**{"P": 10, "D": 3, "N": 16, "beyond": 4, "layout": layout, "dtype": dtype} | options)
     forward, backward = arguments(case)
-    torch.library.opcheck(FORWARD, forward)
+    torch.library.opcheck(FORWARD, (*forward, *NOTHING_RUNNING))
+    torch.library.opcheck(FORWARD, (*forward, *running(16), *running(14, torch.bfloat16, None)))
     for needs in ([True] * 9, [False, True] * 4 + [False]):
         torch.library.opcheck(BACKWARD, (*backward, needs))
 
@@ -245,7 +250,7 @@ def test_parameters_of_another_size_are_refused(rows):
         "proj_bn_weight",
         "proj_bn_bias",
     )
-    for operator, given, more in ((FORWARD, forward, ()), (BACKWARD, backward, ([True] * 9,))):
+    for operator, given, more in ((FORWARD, forward, NOTHING_RUNNING), (BACKWARD, backward, ([True] * 9,))):
         at = {argument.name: i for i, argument in enumerate(operator._schema.arguments)}
         for name in names:
             good = given[at[name]]
@@ -255,10 +260,63 @@ def test_parameters_of_another_size_are_refused(rows):
                 operator(*given[: at[name]], wrong, *given[at[name] + 1 :], *more)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kept_in", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not_counted"])
+def test_running_statistics_become_those_of_the_specification(counted, momentum, kept_in, dtype):
+    call = mixer_train_call(Case(P=10, D=3, N=16, beyond=4, dtype=dtype))
+    settings = (3, 1e-5, 1e-5, 1e-5, 0.5, True)
+    given = [*running(16, kept_in, momentum), *running(14, kept_in, momentum)]
+    if not counted:
+        given[2] = given[6] = None
+    ours, expected = ([t.clone() if isinstance(t, torch.Tensor) else t for t in given] for _ in range(2))
+    cpu.mixer_train(*call.inputs.values(), *settings, *ours)
+    eager.mixer_train(*call.inputs.values(), *settings, *expected)
+    precision = max(torch.finfo(kept_in).eps, torch.finfo(dtype).eps)
+    for i in (0, 1, 4, 5):
+        torch.testing.assert_close(ours[i], expected[i], rtol=4 * precision, atol=20 * precision)
+    for i in (2, 6):
+        assert ours[i] == expected[i] == (4 if counted else None)
+
+
+REFUSED = {
+    "running_mean": (torch.zeros(15), r"running_mean must have 16 values, got 15"),
+    "running_var": (torch.zeros(32)[::2], r"running_var must be contiguous"),
+    "num_batches_tracked": (torch.zeros(1), r"num_batches_tracked must be .* of the type"),
+    "proj_running_mean": (torch.zeros(14, dtype=torch.int64), r"proj_running_mean must be float16, .* or float64"),
+    "proj_running_var": (None, r"proj_running_mean and proj_running_var must be given together"),
+    "proj_num_batches_tracked": (torch.zeros(2, dtype=torch.int64), r"proj_num_batches_tracked must have 1 values"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_running_statistics_that_cannot_be_updated_are_refused_before_any_is(name):
+    wrong, message = REFUSED[name]
+    forward, _ = arguments(Case(P=10, D=3, N=16, beyond=4))
+    given = [*forward, *running(16), *running(14)]
+    at = [argument.name for argument in FORWARD._schema.arguments].index(name)
+    given[at] = wrong
+    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in given]
+    with pytest.raises(RuntimeError, match=message):
+        FORWARD(*given)
+    for t, old in zip(given, before, strict=True):
+        assert t is old is None or torch.equal(torch.as_tensor(t), torch.as_tensor(old))
+
+
+@pytest.mark.parametrize("change", ["too_few", "of_another_type"])
+def test_statistics_of_another_call_are_refused(change):
+    _, backward = arguments(Case(P=10, D=3, N=16, beyond=4))
+    dout, x, projected, statistics, *rest = backward
+    wrong = statistics[1:] if change == "too_few" else statistics.double()
+    with pytest.raises(RuntimeError, match="statistics must be contiguous, of the type of x, with"):
+        BACKWARD(dout, x, projected, wrong, *rest, [True] * 9)
+
+
 def test_other_types_are_refused():
     forward, _ = arguments(Case(P=10, D=3, N=16, beyond=4))
     with pytest.raises(RuntimeError, match="float32 and float64"):
-        FORWARD(forward[0].bfloat16(), *forward[1:])
+        FORWARD(forward[0].bfloat16(), *forward[1:], *NOTHING_RUNNING)
 
 
 def test_second_derivatives_are_refused():
@@ -274,11 +332,10 @@ def test_second_derivatives_are_refused():
 def test_bfloat16_is_shsa_and_the_projection_of_pytorch(layout):
     call = mixer_train_call(Case(dtype=torch.bfloat16, bias=False, layout=layout, P=8, D=4, N=16, B=1, beyond=3))
     settings = (4, 1e-5, 1e-5, 1e-5, 0.5, True)
-    results = cpu.mixer_train(*call.inputs.values(), *settings)
-    expected = eager.mixer_train(*call.inputs.values(), *settings)
-    assert results[0].dtype == torch.bfloat16 and results[0].stride() == call.inputs["x"].stride()
-    for result, value in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, value, rtol=0.1, atol=0.1)
+    result = cpu.mixer_train(*call.inputs.values(), *settings, *NOTHING_RUNNING)
+    expected = eager.mixer_train(*call.inputs.values(), *settings, *NOTHING_RUNNING)
+    assert result.dtype == torch.bfloat16 and result.stride() == call.inputs["x"].stride()
+    torch.testing.assert_close(result, expected, rtol=0.1, atol=0.1)
 
 
 # The layer

@@ -656,7 +656,7 @@ Tensor mixer(Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> 
 Tensor pool(Tensor x) {
   return of_type(x, [&]<class S>(S) {
     const Image<S> image = image_of<S>(x);
-    Tensor y = torch::stable::new_empty(x, {image.shape.B, image.shape.C});
+    Tensor y = make_empty(x, {image.shape.B, image.shape.C}, x.scalar_type());
     pool_step(image, result<S>(y));
     return y;
   });
@@ -669,7 +669,7 @@ Tensor sequence(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> laye
     const bool rows = x.dim() == 2;
     Sequence<S> all(weights, layers, constants, rows ? rows_of<S>(x) : image_of<S>(x, true));
     const Shape s = all.result();
-    const Tensor y = rows || all.pools() ? torch::stable::new_empty(x, {s.B, s.C}) : empty_images(x, s);
+    const Tensor y = rows || all.pools() ? make_empty(x, {s.B, s.C}, x.scalar_type()) : empty_images(x, s);
     all.run(result<S>(y));
     return y;
   });

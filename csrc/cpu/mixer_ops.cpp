@@ -6,6 +6,7 @@
 
 #include "../tensors.h"
 #include "run.h"
+#include "running_statistics.h"
 
 namespace {
 
@@ -18,10 +19,48 @@ const MixerKernels& kernels_for(ScalarType dtype) {
   return dtype == ScalarType::Float ? variant->mixer_float32 : variant->mixer_float64;
 }
 
+void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// What the forward keeps for the backward besides its projection: one tensor, for each costs as much as a small
+// kernel. First come mean and variance of both projections.
+class Statistics {
+ public:
+  Statistics(const Tensor& t, ScalarType type, const Sizes& s)
+      : at_(static_cast<char*>(data(t))), value_bytes_(t.element_size()) {
+    STD_TORCH_CHECK(t.numel() == values(s) && t.is_contiguous() && t.scalar_type() == type,
+                    "statistics must be contiguous, of the type of x, with ", values(s), " values, got ",
+                    t.numel());
+    for (void** part : {&mean, &variance}) *part = take(s.O());
+    for (void** part : {&proj_mean, &proj_var}) *part = take(s.C);
+    for (void** part : {&image_mean, &image_rstd}) *part = take(s.B);
+    for (void** part : {&row_max, &row_sum}) *part = take(s.B * s.N);
+  }
+  static int64_t values(const Sizes& s) { return 2 * (s.O() + s.C + s.B + s.B * s.N); }
+
+  // [O], [O], [C], [C], of the images [B] each, of the rows of the softmax [B, N] each.
+  void *mean, *variance, *proj_mean, *proj_var, *image_mean, *image_rstd, *row_max, *row_sum;
+
+ private:
+  void* take(int64_t count) {
+    char* part = at_;
+    at_ += count * value_bytes_;
+    return part;
+  }
+  char* at_;
+  int64_t value_bytes_;
+};
+
 // The parameters of the layer in training, in the order of the schema.
 struct Layer {
   const Norm norm;
   const Parameter weight, bn_weight, bn_bias, proj_weight, proj_bn_weight, proj_bn_bias;
+
+  BatchNorm batch_norm(double eps, const Statistics& of) const {
+    return {bn_weight.data(), bn_bias.data(), eps, of.mean, of.variance};
+  }
+  BatchNorm proj_norm(double eps, const Statistics& of) const {
+    return {proj_bn_weight.data(), proj_bn_bias.data(), eps, of.proj_mean, of.proj_var};
+  }
 };
 
 Layer layer_of(const Sizes& s, ScalarType type, const std::optional<Tensor>& norm_weight,
@@ -38,8 +77,6 @@ Layer layer_of(const Sizes& s, ScalarType type, const std::optional<Tensor>& nor
           Parameter("proj_bn_bias", proj_bn_bias, s.C, type)};
 }
 
-void* data(const Tensor& t) { return t.mutable_data_ptr(); }
-
 // What the attention of a layer reads besides its projection.
 ShsaForwardParams attention_of(const Tensor& x, const Sizes& s, const Norm& norm, double norm_eps,
                                double scale) {
@@ -55,48 +92,47 @@ ShsaForwardParams attention_of(const Tensor& x, const Sizes& s, const Norm& norm
   return attention;
 }
 
-BatchNorm batch_norm(const Parameter& weight, const Parameter& bias, double eps, const Tensor& mean,
-                     const Tensor& variance) {
-  return {weight.data(), bias.data(), eps, data(mean), data(variance)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixer_train_forward(
+std::tuple<Tensor, Tensor, Tensor> mixer_train_forward(
     Tensor x, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor weight,
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, Tensor proj_weight,
     std::optional<Tensor> proj_bn_weight, std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps,
-    double bn_eps, double proj_bn_eps, double scale, bool residual) {
+    double bn_eps, double proj_bn_eps, double scale, bool residual, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> num_batches_tracked,
+    std::optional<double> momentum, std::optional<Tensor> proj_running_mean,
+    std::optional<Tensor> proj_running_var, std::optional<Tensor> proj_num_batches_tracked,
+    std::optional<double> proj_momentum) {
   const ScalarType type = x.scalar_type();
   const MixerKernels& kernels = kernels_for(type);
   const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
-  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
-    return torch::stable::new_empty(x, size, type);
-  };
   const Layer layer = layer_of(s, type, norm_weight, norm_bias, weight, bn_weight, bn_bias, proj_weight,
                                proj_bn_weight, proj_bn_bias);
-  const Saved saved = empty_saved(x, s.B, s.N, type);
-  Tensor out = empty_image(x, s.C, is_channels_last(x)), projected = empty_image(x, s.C, is_channels_last(x));
-  Tensor mean = fresh({s.O()}), variance = fresh({s.O()}), proj_mean = fresh({s.C}), proj_var = fresh({s.C});
+  const RunningStatistics running("", running_mean, running_var, num_batches_tracked, momentum, s.O()),
+      proj_running("proj_", proj_running_mean, proj_running_var, proj_num_batches_tracked, proj_momentum, s.C);
+  const bool channels_last = is_channels_last(x);
+  const Tensor out = empty_image(x, s.C, channels_last), projected = empty_image(x, s.C, channels_last),
+               statistics = make_empty(x, {Statistics::values(s)}, type);
+  const Statistics saved(statistics, type, s);
   MixerTrainForwardParams params{attention_of(x, s, layer.norm, norm_eps, scale)};
   ShsaForwardParams& attention = params.attention;
   attention.qkv_weight = layer.weight.data();
-  attention.batch_norm = batch_norm(layer.bn_weight, layer.bn_bias, bn_eps, mean, variance);
-  attention.mean = data(saved.mean);
-  attention.rstd = data(saved.rstd);
-  attention.row_max = data(saved.row_max);
-  attention.row_sum = data(saved.row_sum);
+  attention.batch_norm = layer.batch_norm(bn_eps, saved);
+  attention.mean = saved.image_mean;
+  attention.rstd = saved.image_rstd;
+  attention.row_max = saved.row_max;
+  attention.row_sum = saved.row_sum;
   params.residual = residual;
   params.proj_weight = layer.proj_weight.data();
-  params.proj_norm = batch_norm(layer.proj_bn_weight, layer.proj_bn_bias, proj_bn_eps, proj_mean, proj_var);
+  params.proj_norm = layer.proj_norm(proj_bn_eps, saved);
   params.projected = data(projected);
   params.out = data(out);
   run(kernels.train_forward, params);
-  return {out,           projected, saved.mean, saved.rstd, saved.row_max,
-          saved.row_sum, mean,      variance,   proj_mean,  proj_var};
+  running.update(type, saved.mean, saved.variance, s.B * s.N);
+  proj_running.update(type, saved.proj_mean, saved.proj_var, s.B * s.N);
+  return {out, projected, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixer_train_backward(
-    Tensor dout, Tensor x, Tensor projected, Tensor mean, Tensor rstd, Tensor row_max, Tensor row_sum,
-    Tensor batch_mean, Tensor batch_var, Tensor proj_mean, Tensor proj_var, std::optional<Tensor> norm_weight,
+    Tensor dout, Tensor x, Tensor projected, Tensor statistics, std::optional<Tensor> norm_weight,
     std::optional<Tensor> norm_bias, Tensor weight, std::optional<Tensor> bn_weight,
     std::optional<Tensor> bn_bias, Tensor proj_weight, std::optional<Tensor> proj_bn_weight,
     std::optional<Tensor> proj_bn_bias, int64_t qk_dim, double norm_eps, double bn_eps, double proj_bn_eps,
@@ -113,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Gradient dweight(weight, needs[3], x, type), dbn_weight(bn_weight, needs[4], x, type),
       dbn_bias(bn_bias, needs[5], x, type), dproj_weight(proj_weight, needs[6], x, type),
       dproj_bn_weight(proj_bn_weight, needs[7], x, type), dproj_bn_bias(proj_bn_bias, needs[8], x, type);
+  const Statistics saved(statistics, type, s);
   MixerTrainBackwardParams params{};
   ShsaBackwardParams& attention = params.attention;
   attention.sizes = s;
@@ -121,14 +158,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   attention.scale = scale;
   attention.x1 = x.const_data_ptr();
   attention.x1_channels = s.C;
-  attention.mean = mean.const_data_ptr();
-  attention.rstd = rstd.const_data_ptr();
-  attention.row_max = row_max.const_data_ptr();
-  attention.row_sum = row_sum.const_data_ptr();
+  attention.mean = saved.image_mean;
+  attention.rstd = saved.image_rstd;
+  attention.row_max = saved.row_max;
+  attention.row_sum = saved.row_sum;
   attention.norm_weight = layer.norm.weight.data();
   attention.norm_bias = layer.norm.bias.data();
   attention.qkv_weight = layer.weight.data();
-  attention.batch_norm = batch_norm(layer.bn_weight, layer.bn_bias, bn_eps, batch_mean, batch_var);
+  attention.batch_norm = layer.batch_norm(bn_eps, saved);
   attention.dx = needs[0] ? data(dx) : nullptr;
   attention.dnorm_weight = dnorm.weight.data();
   attention.dnorm_bias = dnorm.bias.data();
@@ -140,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   params.dout = dout.const_data_ptr();
   params.projected = projected.const_data_ptr();
   params.proj_weight = layer.proj_weight.data();
-  params.proj_norm = batch_norm(layer.proj_bn_weight, layer.proj_bn_bias, proj_bn_eps, proj_mean, proj_var);
+  params.proj_norm = layer.proj_norm(proj_bn_eps, saved);
   params.dproj_weight = dproj_weight.data();
   params.dproj_norm_weight = dproj_bn_weight.data();
   params.dproj_norm_bias = dproj_bn_bias.data();

@@ -1,8 +1,5 @@
 // The operators of shvit_kernels/ops.py for CPU tensors, and the facts about this library that Python asks for.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
@@ -10,6 +7,7 @@
 
 #include "../tensors.h"
 #include "run.h"
+#include "running_statistics.h"
 
 namespace {
 
@@ -209,10 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partial_moments_forward(Tensor x, std
   const ScalarType type = compute_type(x.scalar_type());
   const auto s = sizes_of<Sizes>(x, pdim, 0);
   const Norm norm(norm_weight, norm_bias, s.P, type);
-  Tensor mean = torch::stable::new_empty(x, {pdim}, type),
-         cov = torch::stable::new_empty(x, {pdim, pdim}, type);
-  Tensor image_mean = torch::stable::new_empty(x, {s.B}, type);
-  Tensor image_rstd = torch::stable::new_empty(x, {s.B}, type);
+  Tensor mean = make_empty(x, {pdim}, type), cov = make_empty(x, {pdim, pdim}, type);
+  Tensor image_mean = make_empty(x, {s.B}, type);
+  Tensor image_rstd = make_empty(x, {s.B}, type);
   MomentsForwardParams params{s,
                               is_channels_last(x),
                               norm_eps,
@@ -286,9 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const ScalarType type = compute_type(x.scalar_type());
   const auto s = sizes_of<Sizes>(x, weight.size(1), qk_dim);
   const bool channels_last = is_channels_last(x);
-  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
-    return torch::stable::new_empty(x, size, type);
-  };
+  const auto fresh = [&](torch::headeronly::IntHeaderOnlyArrayRef size) { return make_empty(x, size, type); };
   const Norm norm(norm_weight, norm_bias, s.P, type);
   const Projection plain("weight", weight, "", std::nullopt, s.O(), s.P, type);
   const Parameter gamma("bn_weight", bn_weight, s.O(), type), beta("bn_bias", bn_bias, s.O(), type);
@@ -329,41 +324,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shsa_train_backward(
       dx, dnorm.weight.result(), dnorm.bias.result(), dweight.result(), dbn_weight.result(), dbn_bias.result()};
 }
 
-template <class S, class T>
-void update(const Tensor& running, const Tensor& batch, double share, double factor) {
-  S* values = static_cast<S*>(running.mutable_data_ptr());
-  const T* more = static_cast<const T*>(batch.const_data_ptr());
-  const T s = static_cast<T>(share), f = static_cast<T>(factor);
-  for (int64_t o = 0; o < batch.numel(); ++o) {
-    const T old = static_cast<T>(values[o]);
-    values[o] = static_cast<S>(old + s * (more[o] * f - old));
-  }
-}
-
 void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor num_batches_tracked, Tensor mean,
                                Tensor variance, int64_t count, std::optional<double> momentum) {
-  const ScalarType running = running_mean.scalar_type();
-  const auto updated = [&] {
-    switch (running) {
-      case ScalarType::Float:
-        return update<float, float>;
-      case ScalarType::Double:
-        return update<double, double>;
-      case ScalarType::BFloat16:
-        return update<torch::headeronly::BFloat16, float>;
-      case ScalarType::Half:
-        return update<torch::headeronly::Half, float>;
-      default:
-        STD_TORCH_CHECK(false, "running statistics must be float16, bfloat16, float32 or float64");
-    }
-  }();
-  check_running_statistics(compute_type(running), running_mean, running_var, num_batches_tracked, mean,
-                           variance);
-  const int64_t batches = ++*static_cast<int64_t*>(num_batches_tracked.mutable_data_ptr());
-  if (count == 0) return;
-  const double share = momentum.value_or(1 / static_cast<double>(batches));
-  updated(running_mean, mean, share, 1);
-  updated(running_var, variance, share, bessel_correction(count));
+  const RunningStatistics running("", running_mean, running_var, num_batches_tracked, momentum, mean.numel());
+  const ScalarType type = compute_type(running_mean.scalar_type());
+  check_batch_statistics(type, mean, variance);
+  running.update(type, mean.const_data_ptr(), variance.const_data_ptr(), count);
 }
 
 }  // namespace

@@ -58,10 +58,10 @@ class Call {
   void check(const char* error) const { STD_TORCH_CHECK(error == nullptr, name_, ": ", error); }
 
   Tensor floats(torch::headeronly::IntHeaderOnlyArrayRef size) const {
-    return torch::stable::new_empty(images_, size, ScalarType::Float);
+    return make_empty(images_, size, ScalarType::Float);
   }
   Tensor bytes(size_t count) const {
-    return torch::stable::new_empty(images_, {static_cast<int64_t>(count)}, ScalarType::Byte);
+    return make_empty(images_, {static_cast<int64_t>(count)}, ScalarType::Byte);
   }
   Precision precision(bool tf32_proj, bool tf32_attn) const {
     return type == Type::kFloat32 ? Precision{tf32_proj, tf32_attn} : Precision{false, false};
@@ -546,7 +546,9 @@ void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor n
                                Tensor variance, int64_t count, std::optional<double> momentum) {
   const Call call("update_running_statistics", running_mean);
   call.on_one_device(running_var, num_batches_tracked, mean, variance);
-  check_running_statistics(ScalarType::Float, running_mean, running_var, num_batches_tracked, mean, variance);
+  check_running_statistics("", running_mean, running_var, mean.numel());
+  check_num_batches_tracked("", num_batches_tracked);
+  check_batch_statistics(ScalarType::Float, mean, variance);
   RunningStatisticsParams p{};
   p.O = static_cast<int>(mean.numel());
   p.count = count;

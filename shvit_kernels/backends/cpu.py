@@ -1,7 +1,5 @@
 """The ``cpu`` backend: the C++ kernels of the native library."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -32,28 +30,17 @@ def why_not(x: Tensor, pdim: int = 1, qk_dim: int = 1) -> str | None:
 shsa, partial_moments, shsa_train, shsa_eval, _, update_running_statistics = operators.functions("native")
 
 
-def mixer_train(
-    x: Tensor, *rest, measured: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One operator in float32 and float64; in bfloat16 the projection is PyTorch's.
-
-    ``measured`` is called with the statistics, before anything is saved for the backward.
-    """
+def mixer_train(x: Tensor, *rest) -> Tensor:
+    """One operator in float32 and float64; in bfloat16 the projection is PyTorch's."""
     tensors = (x, *rest[:8])
     if any(t is not None and t.dtype not in MIXER_DTYPES for t in tensors):
-        out, *statistics = eager.mixer_train_after(shsa_train, x, *rest)
-        if measured is not None:
-            measured(*statistics)
-        return out, *statistics
+        return eager.mixer_train_after(shsa_train, x, *rest)
     x = ops.readable(x)
     with torch.no_grad():
         out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
-    statistics = saved[5:]
-    if measured is not None:
-        measured(*statistics)
     if operators.tracks_gradients(*tensors):
-        out = ops.MixerTrain.apply((rest[8:], saved, out), x, *rest[:8])
-    return out, *statistics
+        return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8])
+    return out
 
 
 def mixer_eval(x: Tensor, *rest) -> Tensor:

@@ -177,9 +177,17 @@ def mixer_train_after(
     proj_bn_eps: float,
     scale: float,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    proj_running_mean: Tensor | None,
+    proj_running_var: Tensor | None,
+    proj_num_batches_tracked: Tensor | None,
+    proj_momentum: float | None,
+) -> Tensor:
     """``attend``, a ``shsa_train``, with ReLU, then the projection ``[C, C]``, batch-normalised by its own statistics,
-    and the residual if asked for: the result, and the mean and variance of both projections."""
+    and the residual if asked for. The running statistics of both, where given, are updated."""
     parameters = (norm_weight, norm_bias, weight, bn_weight, bn_bias)
     y, mean, variance = attend(x, *parameters, qk_dim, norm_eps, bn_eps, scale, True, False, False)
     with _full_precision(x):
@@ -193,7 +201,14 @@ def mixer_train_after(
         out = torch.batch_norm(
             projected, proj_bn_weight, proj_bn_bias, None, None, True, 0.0, proj_bn_eps, torch.backends.cudnn.enabled
         )
-        return x + out if residual else out, mean, variance, proj_mean, proj_var
+    values_per_channel = x.shape[0] * x.shape[2] * x.shape[3]
+    for running, batch, share in (
+        ((running_mean, running_var, num_batches_tracked), (mean, variance), momentum),
+        ((proj_running_mean, proj_running_var, proj_num_batches_tracked), (proj_mean, proj_var), proj_momentum),
+    ):
+        if running[0] is not None:
+            update_running_statistics(*running, *(t.detach() for t in batch), values_per_channel, share)
+    return x + out if residual else out
 
 
 mixer_train = partial(mixer_train_after, shsa_train)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shvit_kernels import backends, functional
+from shvit_kernels.ops import sum_dtype
 
 from .numerics import Call, Results, unit_roundoff
 
@@ -276,8 +277,15 @@ def mixer_train_call(case: Case, residual: bool = True, epsilons: tuple[float, f
 
     def function(x: Tensor, backend: str, **rest) -> Results:
         settings = (case.D, *epsilons, case.D**-0.5, residual)
-        out, *statistics = backends.get(backend).mixer_train(x, *rest.values(), *settings)
-        return {"out": out} | dict(zip(("mean", "variance", "proj_mean", "proj_variance"), statistics, strict=True))
+        # With a momentum of 1, running statistics are those of the batch, but for the unbiased variance.
+        sizes = (rest["weight"].shape[0], C)
+        running = [[x.new_zeros(size, dtype=sum_dtype(x.dtype)) for _ in range(2)] for size in sizes]
+        updated = (a for mean, var in running for a in (mean, var, None, 1.0))
+        out = backends.get(backend).mixer_train(x, *rest.values(), *settings, *updated)
+        biased = max(x[:, 0].numel() - 1, 0) / max(x[:, 0].numel(), 1)
+        (mean, var), (proj_mean, proj_var) = running
+        variances = {"variance": var * biased, "proj_variance": proj_var * biased}
+        return {"out": out, "mean": mean, "proj_mean": proj_mean} | variances
 
     return Call(function, inputs, {"out": dout})
 
