@@ -136,6 +136,8 @@ struct EndsAhead {
       __builtin_prefetch(written + i, 1);
       if (read) __builtin_prefetch(read + i, 0);
     }
+    __builtin_prefetch(written + Columns - 1, 1);
+    if (read) __builtin_prefetch(read + Columns - 1, 0);
     written += distance;
     if (read) read += distance;
     --rows;

@@ -335,7 +335,7 @@ struct MixerTrainBackward {
     char* attention;
     T *attended, *dattended;             // images of P channels
     T *packed, *factor, *shift, *slope;  // the weight, [C] each
-    T* dweights;                         // [parts, C, C], where there are several
+    T* dweights;                         // [parts, C, C] but for the first part, which is where all are added
     double* partials;                    // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
         : bump(base),
@@ -347,12 +347,12 @@ struct MixerTrainBackward {
           factor(bump.take<T>(sizes(a).C)),
           shift(bump.take<T>(sizes(a).C)),
           slope(bump.take<T>(sizes(a).C)),
-          dweights(bump.take<T>(adds_parts(a) ? parts(a).parts * sizes(a).C * sizes(a).C : 0)),
+          dweights(bump.take<T>(a.dproj_weight ? (parts(a).parts - 1) * sizes(a).C * sizes(a).C : 0)),
           partials(bump.take<double>(blocks_of(a).count * 2 * sizes(a).C)) {}
 
     // The sum of a part of the blocks.
     T* dweight(const Params& a, int64_t part) const {
-      return adds_parts(a) ? dweights + part * sizes(a).C * sizes(a).C : static_cast<T*>(a.dproj_weight);
+      return part > 0 ? dweights + (part - 1) * sizes(a).C * sizes(a).C : static_cast<T*>(a.dproj_weight);
     }
   };
 
@@ -375,15 +375,14 @@ struct MixerTrainBackward {
   static Parts parts(const Params& a) {
     constexpr int64_t kTokens = 128, kMost = 64;
     const RowBlocks blocks = blocks_of(a);
-    return {blocks.count, min64(blocks.count, max64(1, min64(kMost, blocks.tokens / kTokens)))};
+    return {blocks.count, max64(1, min64(blocks.count, min64(kMost, blocks.tokens / kTokens)))};
   }
-  static bool adds_parts(const Params& a) { return a.dproj_weight && parts(a).parts != 1; }
 
   // Channels that are brought in ahead of the one at work, where each is a plane of tokens.
   static constexpr int64_t kPlanesAhead = 8;
 
   // Rows of dW whose parts one task adds up.
-  static constexpr int64_t kWeightRows = 32;
+  static constexpr int64_t kWeightRows = 16;
 
   static bool needs_attention(const Params& a) {
     const shvit::ShsaBackwardParams& b = a.attention;
@@ -418,7 +417,7 @@ struct MixerTrainBackward {
     if (attends)
       for (int phase = 0; phase < attention.phases; ++phase)
         plan.tasks[attention_phase(phase)] = attention.tasks[phase];
-    if (adds_parts(a)) plan.tasks[kWeight] = ceil_div(s.C, kWeightRows);
+    if (weighs) plan.tasks[kWeight] = ceil_div(s.C, kWeightRows);
     Bump scratch(nullptr);
     Scratch(scratch, a);
     plan.scratch_bytes = max64(scratch.used(), max64(forward.scratch_bytes, attention.scratch_bytes));
@@ -653,10 +652,16 @@ struct MixerTrainBackward {
     }
   }
 
-  // Some rows of dW, from all parts.
+  // Some rows of dW: adds the other parts to the first.
   static void sum_weight(const Params& a, int64_t task, const Workspace& workspace) {
     const int64_t C = sizes(a).C, first = task * kWeightRows * C, n = min64(C * C - first, kWeightRows * C);
-    add_parts(workspace.dweights + first, parts(a).parts, C * C, n, static_cast<T*>(a.dproj_weight) + first);
+    T* total = static_cast<T*>(a.dproj_weight) + first;
+    if (sizes(a).B == 0)
+      for (int64_t i = 0; i < n; ++i) total[i] = 0;
+    for (int64_t part = 1; part < parts(a).parts; ++part) {
+      const T* more = workspace.dweight(a, part) + first;
+      for (int64_t i = 0; i < n; ++i) total[i] += more[i];
+    }
   }
 };
 
