@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kQueryRows = 24;
+constexpr int64_t kQueryRows = 32;
 
 template <class S, int VB>
 struct ShsaBackward {
@@ -316,8 +316,9 @@ struct ShsaBackward {
     const int64_t ld = padded(keys.count), d_ld = padded(s.D);
     T* A = scratch.probabilities;
     T* dS = scratch.dscores;
-    for (int64_t row = 0; row < queries.count; row += kQueryRows) {
-      const int64_t rows = min64(kQueryRows, queries.count - row);
+    const int64_t most = round_up(ceil_div(queries.count, ceil_div(queries.count, kQueryRows)), 4);
+    for (int64_t row = 0; row < queries.count; row += most) {
+      const int64_t rows = min64(most, queries.count - row);
       const Init init = first && row == 0 ? Init::kZero : Init::kAccumulate;
       gemm<T, VB>(rows, keys.count, s.D, {queries.q + row, 1, queries.ld}, keys.k, keys.ld, A, ld);
       gemm<T, VB>(rows, keys.count, s.P, {queries.dout + row, 1, queries.ld}, keys.v, keys.ld, dS, ld);
