@@ -292,6 +292,10 @@ class SHSA(nn.Module):
             return self._run(x, residual=True)
         return x + self(x)
 
+    def _child(self, name: str) -> nn.Module | None:
+        """``nn.Module.__getattr__`` would take a microsecond."""
+        return self._modules.get(name)
+
     def _run(self, x: Tensor, residual: bool) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]:
             raise ValueError(f"x must have shape [B, {self.dim}, H, W] with H and W at least 1, got {tuple(x.shape)}")
@@ -315,7 +319,7 @@ class SHSA(nn.Module):
 
     def _after_relu(self) -> list[nn.Module] | None:
         """What follows the ReLU in front of the projection; None for another activation."""
-        proj = self.proj
+        proj = self._child("proj")
         if type(proj) is nn.Sequential and is_plain(proj):
             act, *rest = proj._modules.values()
             if type(act) is nn.ReLU and is_plain(act):
@@ -344,7 +348,7 @@ class SHSA(nn.Module):
         residual: bool,
     ) -> Tensor:
         """The whole layer, with the residual if asked for, by one operator."""
-        norm = self.pre_norm
+        norm = self._child("pre_norm")
         attention = (*_weight_and_bias(norm), _weight_and_bias(conv)[0], *_weight_and_bias(bn))
         projection = (_weight_and_bias(proj)[0], *_weight_and_bias(proj_bn))
         epsilons = (norm.eps, bn.eps, proj_bn.eps)
@@ -364,7 +368,7 @@ class SHSA(nn.Module):
     ) -> Tensor | None:
         """The same by running statistics; None where gradients may be asked for, which cost less module by module, and
         in exported programs, which may run on another device."""
-        norm = self.pre_norm
+        norm = self._child("pre_norm")
         projections = (*_weight_and_bias(conv), *_norm(bn), *_weight_and_bias(proj), *_norm(proj_bn))
         epsilons = (norm.eps, *(0.0 if b is None else b.eps for b in (bn, proj_bn)))
         settings = (self.qk_dim, *epsilons, self.scale, residual)
@@ -375,10 +379,10 @@ class SHSA(nn.Module):
 
     def _foldable(self, x: Tensor) -> tuple[nn.Conv2d, nn.Module | None] | None:
         """The projection's convolution and norm where the fused operator computes what the submodules would."""
-        norm = self.pre_norm
+        norm = self._child("pre_norm")
         if hooks_on_all_modules() or not is_group_norm1(norm) or isinstance(self.scale, Tensor):
             return None
-        projection = _pointwise_and_norm(self.qkv)
+        projection = _pointwise_and_norm(self._child("qkv"))
         if projection is None:
             return None
         weight = _weight_and_bias(projection[0])[0]
@@ -391,7 +395,7 @@ class SHSA(nn.Module):
 
     def _attend(self, x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, relu: bool) -> Tensor:
         """From the split to the concatenation (and ReLU)."""
-        norm = self.pre_norm
+        norm = self._child("pre_norm")
         norm_weight, norm_bias = _weight_and_bias(norm)
         weight, bias = _weight_and_bias(conv)
         batch_statistics = bn is not None and _by_batch(bn)
@@ -430,7 +434,7 @@ class SHSA(nn.Module):
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
         """The projection with ``bn`` folded in, from the moments of the batch (of all ranks)."""
-        norm = self.pre_norm
+        norm = self._child("pre_norm")
         moments = functional.partial_moments(x, norm.weight, norm.bias, pdim=self.pdim, norm_eps=norm.eps)
         if _merges_ranks(bn):
             moments = _merge_ranks(bn, *moments)
