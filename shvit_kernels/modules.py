@@ -202,7 +202,7 @@ def _merge_ranks(bn: nn.Module, count: int, mean: Tensor, cov: Tensor) -> tuple[
 
 
 def _check_count(count: int | Tensor, size: torch.Size) -> None:
-    """As ``torch.nn.BatchNorm2d`` does."""
+    """Refuse a single value per channel as ``torch.nn.BatchNorm2d`` does."""
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
@@ -212,13 +212,14 @@ def _tracked(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None
     if not (bn.training and bn.track_running_stats):
         return None, None, None, None
     own = bn._buffers
-    return own["running_mean"], own["running_var"], own["num_batches_tracked"], bn.momentum
+    batches = own["num_batches_tracked"] if "num_batches_tracked" in own else bn.num_batches_tracked
+    return *_statistics(bn), batches, bn.momentum
 
 
 def _track(
     backend: ModuleType, bn: nn.Module, count: int | Tensor, size: torch.Size, mean: Tensor, variance: Tensor
 ) -> None:
-    """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does (unbiased variance, same error)."""
+    """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does."""
     _check_count(count, size)
     *running, momentum = _tracked(bn)
     if running[0] is not None:

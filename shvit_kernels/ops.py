@@ -10,12 +10,12 @@ X there are
     shsa_mixer_X                                            attention, ReLU, projection and residual (inference)
     update_running_statistics_X                             of a batch normalisation, in place
 
-the whole attention layer from its plain parameters, for the CPU alone: mixer_train_forward and mixer_train_backward in
-training, mixer_eval in evaluation, where running statistics (if any) are folded into both projections; and the
-operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise, fused_pointwise, fused_ffn,
-fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images (a sequence NCHW ones and
-rows too) and packed weights (a sequence those of all layers, flattened), all float32 or all bfloat16;
-``backends.fused`` says what each computes.
+the whole attention layer from its plain parameters, for the CPU alone: mixer_train_forward, which updates the running
+statistics (if any), and mixer_train_backward in training, mixer_eval in evaluation, where running statistics (if any)
+are folded into both projections; and the operators of fused models, for the CPU alone: fused_conv3x3, fused_depthwise,
+fused_pointwise, fused_ffn, fused_mixer, fused_pool, and fused_sequence of such layers. These take channels_last images
+(a sequence NCHW ones and rows too) and packed weights (a sequence those of all layers, flattened), all float32 or all
+bfloat16; ``backends.fused`` says what each computes.
 
 They are private: validation and the choice of a family happen in ``functional``; autograd
 is in the ``torch.autograd.Function`` classes below. Kernels take ``x`` and ``x1`` NCHW-contiguous or channels_last and

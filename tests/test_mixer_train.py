@@ -301,7 +301,7 @@ def test_running_statistics_that_cannot_be_updated_are_refused_before_any_is(nam
     with pytest.raises(RuntimeError, match=message):
         FORWARD(*given)
     for t, old in zip(given, before, strict=True):
-        assert t is old is None or torch.equal(torch.as_tensor(t), torch.as_tensor(old))
+        assert (t is None and old is None) or torch.equal(torch.as_tensor(t), torch.as_tensor(old))
 
 
 @pytest.mark.parametrize("change", ["too_few", "of_another_type"])

@@ -794,3 +794,19 @@ def test_tensors_in_place_of_parameters(training):
                 setattr(module, name, parameter.detach())
     assert not list(layer.parameters())
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_attributes_in_place_of_running_statistics(training):
+    layers = [randomise(SHSA(20, 3, 7), seed=1).train(training) for _ in range(2)]
+    norms = [(layer.qkv.bn, layer.proj[1].bn) for layer in layers]
+    for norm in norms[1]:
+        for name, statistic in list(norm._buffers.items()):
+            del norm._buffers[name]
+            setattr(norm, name, statistic)
+    x = torch.randn(2, 20, 3, 3)
+    expected, result = (layer(x) for layer in layers)
+    assert torch.equal(result, expected)
+    for stock, changed in zip(*norms, strict=True):
+        for name, statistic in stock._buffers.items():
+            assert torch.equal(getattr(changed, name), statistic), name

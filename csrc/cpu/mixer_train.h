@@ -335,7 +335,7 @@ struct MixerTrainBackward {
     char* attention;
     T *attended, *dattended;             // images of P channels
     T *packed, *factor, *shift, *slope;  // the weight, [C] each
-    T* dweights;                         // [parts, C, C] but for the first part, which is where all are added
+    T* dweights;                         // [parts - 1, C, C]: the first part is dproj_weight
     double* partials;                    // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
         : bump(base),
