@@ -138,12 +138,16 @@ def _by_batch(bn: nn.Module) -> bool:
     return bn.training or _statistics(bn)[0] is None
 
 
+def _buffer(bn: nn.Module, name: str) -> Tensor | None:
+    own = bn._buffers
+    if name in own:
+        return own[name]
+    return getattr(bn, name)  # somebody made it something else
+
+
 def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance."""
-    own = bn._buffers
-    if "running_mean" in own and "running_var" in own:
-        return own["running_mean"], own["running_var"]
-    return bn.running_mean, bn.running_var  # somebody made them something else
+    return _buffer(bn, "running_mean"), _buffer(bn, "running_var")
 
 
 def _norm(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
@@ -211,9 +215,7 @@ def _tracked(bn: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None
     """The running mean, variance and number of batches that a batch updates, and with which momentum."""
     if not (bn.training and bn.track_running_stats):
         return None, None, None, None
-    own = bn._buffers
-    batches = own["num_batches_tracked"] if "num_batches_tracked" in own else bn.num_batches_tracked
-    return *_statistics(bn), batches, bn.momentum
+    return *_statistics(bn), _buffer(bn, "num_batches_tracked"), bn.momentum
 
 
 def _track(
