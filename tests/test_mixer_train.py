@@ -338,6 +338,20 @@ def test_bfloat16_is_shsa_and_the_projection_of_pytorch(layout):
     torch.testing.assert_close(result, expected, rtol=0.1, atol=0.1)
 
 
+@each_layout
+def test_parameters_of_another_type(layout):
+    """They are read in the type of x, and their gradients come in their own."""
+    call = mixer_train_call(Case(P=8, D=4, N=16, B=3, beyond=3, layout=layout))
+    for name in call.inputs.keys() - {"x"}:
+        call.inputs[name] = call.inputs[name].bfloat16()
+    results, expected = call.run(BACKEND), call.run("eager")
+    for name, value in expected.items():
+        assert results[name].dtype == value.dtype, name
+        # The gradient of norm_bias is zero in truth.
+        size = max(value.abs().max(), expected["dnorm_weight"].abs().max() if name == "dnorm_bias" else 0)
+        assert (results[name] - value).abs().max() <= 2**-7 * size, name
+
+
 # The layer
 
 

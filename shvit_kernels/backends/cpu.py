@@ -32,13 +32,12 @@ shsa, partial_moments, shsa_train, shsa_eval, _, update_running_statistics = ope
 
 def mixer_train(x: Tensor, *rest) -> Tensor:
     """One operator in float32 and float64; in bfloat16 the projection is PyTorch's."""
-    tensors = (x, *rest[:8])
-    if any(t is not None and t.dtype not in MIXER_DTYPES for t in tensors):
+    if x.dtype not in MIXER_DTYPES:
         return eager.mixer_train_after(shsa_train, x, *rest)
     x = ops.readable(x)
     with torch.no_grad():
         out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
-    if operators.tracks_gradients(*tensors):
+    if operators.tracks_gradients(x, *rest[:8]):
         return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8])
     return out
 
