@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from tests.support import cuda_hosted
 from tests.support.cases import Case, eval_call, mixer_call, moments_call, shsa_call, train_call
-from tests.support.numerics import Call, Results
+from tests.support.numerics import Call, Results, filled_with_nan
 
 pytestmark = cuda_hosted.needs_hosted
 
@@ -38,16 +37,6 @@ CALLS = list(itertools.product(OPERATORS, CASES))
 CALLS.append(("moments", Case(P=5, N=1, B=2060, beyond=1)))  # more tiles than parts
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
 each_call = pytest.mark.parametrize("operator, case", CALLS, ids=str)
-
-
-@contextmanager
-def filled_with_nan():
-    """Inside, fresh tensors hold NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @cache

@@ -12,7 +12,7 @@ from shvit_kernels.backends import cpu, eager
 from tests.support import exact
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, mixer_train_call, named
-from tests.support.numerics import Call, assert_parity, expect
+from tests.support.numerics import Call, assert_parity, expect, filled_with_nan
 from tests.support.operators import operators_called
 
 pytestmark = native_tier.needs_native
@@ -81,13 +81,14 @@ def test_float64_is_the_specification(N, B, P, beyond, residual, layout, variant
         assert_near_eager(call)
 
 
-def assert_near_eager(call: Call) -> None:
-    """In float64."""
+def assert_near_eager(call: Call, tolerance: float = 1e-9) -> None:
+    """By default in float64."""
     results = call.run(BACKEND)
     for name, expected in call.run("eager").items():
         # The gradient of norm_bias is zero in truth.
         size = max(expected.abs().max(), results["dnorm_weight"].abs().max() if name == "dnorm_bias" else 0)
-        assert (results[name] - expected).abs().max() <= 1e-9 * size, name
+        assert (results[name] - expected).abs().max() <= tolerance * size, name
+        assert results[name].dtype == expected.dtype, name
 
 
 @each_layout
@@ -190,11 +191,8 @@ def test_output_keeps_the_memory_format(layout):
 def test_no_result_depends_on_uninitialised_memory(B, N):
     case = Case(P=75, B=B, N=N)
     call = mixer_train_call(case)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with filled_with_nan():
         results = call.run(BACKEND)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_parity(results, expect(call, exact.of_mixer_training(case, True)))
 
 
@@ -344,12 +342,7 @@ def test_parameters_of_another_type(layout):
     call = mixer_train_call(Case(P=8, D=4, N=16, B=3, beyond=3, layout=layout))
     for name in call.inputs.keys() - {"x"}:
         call.inputs[name] = call.inputs[name].bfloat16()
-    results, expected = call.run(BACKEND), call.run("eager")
-    for name, value in expected.items():
-        assert results[name].dtype == value.dtype, name
-        # The gradient of norm_bias is zero in truth.
-        size = max(value.abs().max(), expected["dnorm_weight"].abs().max() if name == "dnorm_bias" else 0)
-        assert (results[name] - value).abs().max() <= 2**-7 * size, name
+    assert_near_eager(call, tolerance=2**-7)
 
 
 # The layer

@@ -9,7 +9,14 @@ import torch
 from shvit_kernels.backends import native
 from tests.support import native as native_tier
 from tests.support.cases import CORNERS, Case, covering_set, generator, named, shsa_call
-from tests.support.numerics import assert_parity, assert_same_non_finite, expect, largest, unit_roundoff
+from tests.support.numerics import (
+    assert_parity,
+    assert_same_non_finite,
+    expect,
+    filled_with_nan,
+    largest,
+    unit_roundoff,
+)
 
 pytestmark = native_tier.needs_native
 
@@ -256,12 +263,8 @@ def test_no_result_depends_on_uninitialised_memory(case, dtype):
     """Fresh tensors are filled with NaN, and under `make sanitize` the kernels' scratch is too: a padding lane or an
     unwritten sum would show."""
     case = Case(**{**vars(case), "dtype": dtype})
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
+    with filled_with_nan():
         results = shsa_call(case).run(BACKEND)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_parity(results, expect(shsa_call(case)))
 
 

@@ -121,7 +121,7 @@ struct Ahead {
 };
 
 // What a tile reads and writes in the end: a row of it is brought into the first-level cache with every
-// Ahead::kRows rows of B.
+// Ahead::kRows rows of B. Rows may begin within a line.
 template <class S>
 struct EndsAhead {
   const S *written = nullptr, *read = nullptr;  // read may be null

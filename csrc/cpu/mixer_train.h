@@ -417,7 +417,7 @@ struct MixerTrainBackward {
     if (attends)
       for (int phase = 0; phase < attention.phases; ++phase)
         plan.tasks[attention_phase(phase)] = attention.tasks[phase];
-    if (weighs) plan.tasks[kWeight] = ceil_div(s.C, kWeightRows);
+    if (weighs && parts(a).parts > 1) plan.tasks[kWeight] = ceil_div(s.C, kWeightRows);
     Bump scratch(nullptr);
     Scratch(scratch, a);
     plan.scratch_bytes = max64(scratch.used(), max64(forward.scratch_bytes, attention.scratch_bytes));
@@ -440,6 +440,7 @@ struct MixerTrainBackward {
       Bump bump(memory);
       const Scratch scratch(bump, a);
       const Parts cut = parts(a);
+      if (cut.n == 0 && a.dproj_weight) fill(workspace.dweight(a, task), sizes(a).C * sizes(a).C, T(0));
       for (int64_t block = cut.begin(task); block < cut.end(task); ++block)
         project_block(a, block, task, scratch, workspace);
     } else if (phase >= kMakeY && phase < kWeight) {
@@ -656,8 +657,6 @@ struct MixerTrainBackward {
   static void sum_weight(const Params& a, int64_t task, const Workspace& workspace) {
     const int64_t C = sizes(a).C, first = task * kWeightRows * C, n = min64(C * C - first, kWeightRows * C);
     T* total = static_cast<T*>(a.dproj_weight) + first;
-    if (sizes(a).B == 0)
-      for (int64_t i = 0; i < n; ++i) total[i] = 0;
     for (int64_t part = 1; part < parts(a).parts; ++part) {
       const T* more = workspace.dweight(a, part) + first;
       for (int64_t i = 0; i < n; ++i) total[i] += more[i];

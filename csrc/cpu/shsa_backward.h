@@ -316,6 +316,7 @@ struct ShsaBackward {
     const int64_t ld = padded(keys.count), d_ld = padded(s.D);
     T* A = scratch.probabilities;
     T* dS = scratch.dscores;
+    // Even pieces, but for tiles of four rows.
     const int64_t most = round_up(ceil_div(queries.count, ceil_div(queries.count, kQueryRows)), 4);
     for (int64_t row = 0; row < queries.count; row += most) {
       const int64_t rows = min64(most, queries.count - row);

@@ -35,6 +35,17 @@ def set_tf32(convolutions: bool, products: bool) -> None:
 
 
 @contextmanager
+def filled_with_nan(device: str = "cpu") -> Iterator[None]:
+    """Inside, fresh tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
 def tf32(convolutions: bool, products: bool) -> Iterator[None]:
     """TF32 as given inside, and none afterwards."""
     set_tf32(convolutions, products)
