@@ -16,7 +16,7 @@ from .accelerate import is_stock_shsa
 from .backends import cpu, eager, fused, is_traced_to_aten, use_backend
 from .backends.operators import tracks_gradients
 from .modules import conv_and_norm, hooks_on_all_modules, is_group_norm1, is_plain, is_sequence_of
-from .ops import CODE, Kind, flatten, pack
+from .ops import CODE, Kind, flatten, pack, winograd
 
 
 class _Inference(nn.Module):
@@ -328,6 +328,10 @@ def _patch_merging(module: nn.Module) -> _Plan | None:
     return _layer(Kind.PATCH_MERGING, inputs, *weights, settings=(outputs, hidden, squeezed))
 
 
+# Channels of the input, below which what Winograd's squares cost beside their products outweighs what they save.
+_FEWEST_FOR_WINOGRAD = 16
+
+
 def _stem(module: nn.Module) -> _Plan | None:
     """3x3 convolutions of stride 2 in a row, each with ReLU behind it or not."""
     if not (type(module) is nn.Sequential and is_plain(module)):
@@ -341,8 +345,10 @@ def _stem(module: nn.Module) -> _Plan | None:
         rest = rest[relu:]
         weight, bias = conv
         outputs, inputs = weight.shape[:2]
-        packed = pack(weight.permute(0, 2, 3, 1).flatten(1))
-        layers.append(_layer(Kind.CONV3X3, inputs, packed, bias, settings=(outputs, relu)))
+        by_winograd = inputs >= _FEWEST_FOR_WINOGRAD
+        products = winograd(weight) if by_winograd else weight.permute(0, 2, 3, 1)
+        packed = pack(products.flatten(1))
+        layers.append(_layer(Kind.CONV3X3, inputs, packed, bias, settings=(outputs, relu, by_winograd)))
     return _joined(layers) if layers else None
 
 

@@ -92,7 +92,7 @@ _MIXER_EVAL_SCHEMA = (
 )
 
 _FUSED_SCHEMAS = (
-    "fused_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) -> Tensor",
+    "fused_conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu, bool winograd) -> Tensor",
     "fused_depthwise(Tensor x, Tensor weight, Tensor bias, int stride, bool relu) -> Tensor",
     "fused_pointwise(Tensor x, Tensor? scale, Tensor weight, Tensor bias, bool relu) -> Tensor",
     "fused_ffn(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> Tensor",
@@ -139,6 +139,28 @@ def pack(weight: Tensor) -> Tensor:
 def unpack(packed: Tensor, outputs: int) -> Tensor:
     """The ``[outputs, inputs]`` that :func:`pack` was given."""
     return packed.transpose(1, 2).flatten(0, 1)[:outputs]
+
+
+# A 3x3 convolution of stride 2 by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional
+# Neural Networks", CVPR 2016), F(2, 2) on every second value: in each direction two outputs are three sums of five
+# products, by these combinations of the three weights.
+_COMBINED = ((1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1), (0, 1, 0))
+_SUMS = ((0, 1), (2,), (3, 4))
+# The products in both directions, those of a sum side by side.
+_PRODUCTS = [5 * i + j for rows in _SUMS for columns in _SUMS for i in rows for j in columns]
+_TAPS = [_PRODUCTS.index(5 * i + j) for i in (0, 1, 3) for j in (0, 1, 3)]
+
+
+def winograd(kernel: Tensor) -> Tensor:
+    """``[outputs, C, 3, 3]`` as ``[outputs, 25, C]``, the weights of all products for squares of 2x2 outputs."""
+    combined = torch.tensor(_COMBINED, dtype=torch.float64, device=kernel.device)
+    products = torch.einsum("iy,jx,ocyx->oijc", combined, combined, kernel.double())
+    return products.flatten(1, 2)[:, _PRODUCTS].to(kernel.dtype)
+
+
+def taps_of_winograd(products: Tensor) -> Tensor:
+    """The kernel that :func:`winograd` was given, as ``[outputs, 9, C]``."""
+    return products[:, _TAPS]
 
 
 def _empty_image(like: Tensor, channels: int) -> Tensor:
@@ -222,7 +244,7 @@ class Kind(IntEnum):
     pooling, which takes any) and these settings, then zeros.
     """
 
-    CONV3X3 = 0  # outputs, relu
+    CONV3X3 = 0  # outputs, relu, winograd
     DEPTHWISE = 1  # stride, relu
     FFN = 2  # hidden
     MIXER = 3  # qk_dim, pdim; and two constants, norm_eps and scale
@@ -248,7 +270,7 @@ def _shapes(kind: Kind, channels: int, settings: list[int]) -> list[tuple[int, .
 
     first, second, third = settings
     if kind == Kind.CONV3X3:
-        return linear(first, 9 * channels)
+        return linear(first, (25 if third else 9) * channels)
     if kind == Kind.DEPTHWISE:
         return [(9, channels), (channels,)]
     if kind == Kind.FFN:
@@ -312,7 +334,7 @@ def _fake_sequence(x, weights, layers, constants):
 
 
 _FUSED_FAKES = {
-    "fused_conv3x3": lambda x, weight, bias, relu: _empty_rows(x, bias.shape[0], 2),
+    "fused_conv3x3": lambda x, weight, bias, *settings: _empty_rows(x, bias.shape[0], 2),
     "fused_depthwise": lambda x, weight, bias, stride, relu: _empty_rows(x, x.shape[1], stride),
     "fused_pointwise": lambda x, scale, weight, bias, relu: _empty_rows(x, bias.shape[0]),
     "fused_ffn": lambda x, *rest: _empty_rows(x, x.shape[1]),

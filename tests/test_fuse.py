@@ -19,7 +19,7 @@ from shvit_kernels.backends import cpu, fused
 from shvit_kernels.bench.timm_import import timm
 from shvit_kernels.fuse import FusedLayers
 from shvit_kernels.models.shvit import Residual
-from shvit_kernels.ops import Kind, flatten, layers_of
+from shvit_kernels.ops import CODE, Kind, flatten, layers_of
 from shvit_kernels.stock import with_stock_layers
 from tests.support import native as native_tier
 from tests.support.parity import images
@@ -110,7 +110,9 @@ def test_every_block_is_fused_and_exact(make, prepare):
 
 def test_stages_are_single_operators():
     fast = fuse(small())
-    assert fast.model.patch_embed.kinds == [Kind.CONV3X3] * 4
+    stem = fast.model.patch_embed
+    assert stem.kinds == [Kind.CONV3X3] * 4
+    assert stem.code[4::CODE] == [0, 1, 1, 1]  # in squares, but for the first
     assert [len(stage.kinds) for stage in fast.model.stages] == [2, 5 + 6, 5 + 6]
 
 

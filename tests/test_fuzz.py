@@ -42,7 +42,7 @@ def fused(draw: random.Random) -> fused_operators.Operation:
     other = small(draw, 140)
     return draw.choice(
         [
-            lambda: f.conv3x3(B, C, H, W, other, relu=draw.random() < 0.5),
+            lambda: f.conv3x3(B, C, H, W, other, relu=draw.random() < 0.5, winograd=draw.random() < 0.5),
             lambda: f.depthwise(B, C, H, W, draw.choice([1, 2]), relu=draw.random() < 0.5),
             lambda: f.pointwise(B, C, H, W, other, relu=draw.random() < 0.5, scale=draw.random() < 0.5),
             lambda: f.ffn(B, C, H, W, other),

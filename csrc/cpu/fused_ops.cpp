@@ -87,6 +87,14 @@ Packed<S> packed(const Tensor& w, const Tensor& b, int64_t inputs) {
   return {outputs, parameter<S>("weight", w, w.numel()), parameter<S>("bias", b, outputs)};
 }
 
+// Packed from [outputs, 9 or 25 * inputs].
+template <class S>
+struct Conv3x3Weights {
+  Packed<S> packed;
+  bool winograd;
+  static int64_t products(bool winograd) { return winograd ? 25 : 9; }
+};
+
 template <class S>
 struct DepthwiseWeights {
   const S *taps, *bias;  // [9, C], [C]
@@ -137,6 +145,9 @@ class Weights {
     check_width(outputs);
     const S* weight = take(panels(outputs) * inputs * kPanel);
     return {outputs, weight, take(outputs)};
+  }
+  Conv3x3Weights<S> conv3x3(int64_t channels, int64_t outputs, bool winograd) {
+    return {packed(Conv3x3Weights<S>::products(winograd) * channels, outputs), winograd};
   }
   DepthwiseWeights<S> depthwise(int64_t channels) {
     const S* taps = take(9 * channels);
@@ -208,18 +219,19 @@ class Buffers {
 // Steps
 
 template <class S>
-Conv3x3Params<S> conv3x3_params(const Image<S>& x, const Packed<S>& w, bool relu, S* y) {
+Conv3x3Params<S> conv3x3_params(const Image<S>& x, const Conv3x3Weights<S>& w, bool relu, S* y) {
   const Shape& s = x.shape;
   return {s.B,
           s.C,
           s.H,
           s.W,
-          w.outputs,
+          w.packed.outputs,
           x.channels_last,
           relu,
+          w.winograd,
           x.data,
-          w.weight,
-          w.bias,
+          w.packed.weight,
+          w.packed.bias,
           y,
           nullptr,
           torch::stable::get_num_threads(),
@@ -232,7 +244,7 @@ Shape shape_of(const Conv3x3Params<S>& p) {
 }
 
 template <class S>
-Shape conv3x3_step(const Image<S>& x, const Packed<S>& w, bool relu, S* y) {
+Shape conv3x3_step(const Image<S>& x, const Conv3x3Weights<S>& w, bool relu, S* y) {
   Conv3x3Params<S> params = conv3x3_params(x, w, relu, y);
   if (y) run(kernels<S>().conv3x3, params);
   return shape_of(params);
@@ -240,8 +252,8 @@ Shape conv3x3_step(const Image<S>& x, const Packed<S>& w, bool relu, S* y) {
 
 // Two of them, the first of which makes its rows as the second needs them.
 template <class S>
-Shape conv3x3_pair_step(const Image<S>& x, const Packed<S>& w1, bool relu1, const Packed<S>& w2, bool relu2,
-                        S* y) {
+Shape conv3x3_pair_step(const Image<S>& x, const Conv3x3Weights<S>& w1, bool relu1, const Conv3x3Weights<S>& w2,
+                        bool relu2, S* y) {
   const Conv3x3Params<S> first = conv3x3_params<S>(x, w1, relu1, nullptr);
   Conv3x3Params<S> second = conv3x3_params<S>({shape_of(first), nullptr}, w2, relu2, y);
   second.source = &first;
@@ -489,10 +501,11 @@ class Sequence {
     }
   }
 
-  // Integers of a step: those of one layer, or of both convolutions that a stem starts with.
+  // Integers of a step: those of one layer, or of both convolutions that a stem starts with. One in squares
+  // makes no single rows.
   size_t length(size_t layer) const {
-    const bool pair =
-        layer == 0 && layers_.size() > kCode && layers_[0] == kConv3x3 && layers_[kCode] == kConv3x3;
+    const bool pair = layer == 0 && layers_.size() > kCode && layers_[0] == kConv3x3 && layers_[4] == 0 &&
+                      layers_[kCode] == kConv3x3;
     return pair ? 2 * kCode : kCode;
   }
 
@@ -511,12 +524,12 @@ class Sequence {
     check_channels(layer, x.shape.C);
     switch (layer[0]) {
       case kConv3x3: {
-        const Packed<S> w = weights.packed(9 * C, settings[0]);
+        const Conv3x3Weights<S> w = weights.conv3x3(C, settings[0], settings[2] != 0);
         if (!pair) return conv3x3_step(x, w, settings[1] != 0, y);
         const int64_t* next = layer + kCode;
-        check_channels(next, w.outputs);
-        return conv3x3_pair_step(x, w, settings[1] != 0, weights.packed(9 * w.outputs, next[2]), next[3] != 0,
-                                 y);
+        check_channels(next, settings[0]);
+        return conv3x3_pair_step(x, w, settings[1] != 0, weights.conv3x3(next[1], next[2], next[4] != 0),
+                                 next[3] != 0, y);
       }
       case kDepthwise:
         return depthwise_step<S>(x, nullptr, weights.depthwise(C), settings[0], settings[1] != 0, y);
@@ -593,10 +606,11 @@ Tensor in_a_tensor(const Tensor& x, Step step) {
   return y;
 }
 
-Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu) {
+Tensor conv3x3(Tensor x, Tensor weight, Tensor bias, bool relu, bool winograd) {
   return of_type(x, [&]<class S>(S) {
     const Image<S> image = image_of<S>(x, true);
-    const Packed<S> w = packed<S>(weight, bias, 9 * image.shape.C);
+    const int64_t products = Conv3x3Weights<S>::products(winograd);
+    const Conv3x3Weights<S> w{packed<S>(weight, bias, products * image.shape.C), winograd};
     return in_a_tensor<S>(x, [&](S* y) { return conv3x3_step(image, w, relu, y); });
   });
 }

@@ -362,11 +362,14 @@ struct PackedWeights {
     return data + column / kPanel * rows * kPanel + column % kPanel;
   }
   // As much as `width` columns, from a panel behind column `n` on.
-  SHVIT_INLINE Ahead ahead(int64_t n, int64_t width) const {
+  SHVIT_INLINE Ahead ahead(int64_t n, int64_t width) const { return ahead(n, width, 0, rows); }
+  // What of it is as much as `count` rows, from row `first` on.
+  SHVIT_INLINE Ahead ahead(int64_t n, int64_t width, int64_t first, int64_t count) const {
     if (!from_memory) return {};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
     const char* next = reinterpret_cast<const char*>(data + (n + (width > kPanel ? width : kPanel)) * rows);
-    return {next, next + rows * row_bytes, Ahead::kRows * row_bytes / Ahead::kLine};
+    return {next + first * row_bytes, next + (first + count) * row_bytes,
+            Ahead::kRows * row_bytes / Ahead::kLine};
   }
 };
 

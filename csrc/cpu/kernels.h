@@ -131,7 +131,8 @@ template <class S>
 struct Conv3x3Params {
   int64_t images, channels, height, width, outputs;  // stride 2, padding 1
   bool channels_last, relu;                          // of x; y always is
-  const S *x, *weight, *bias;                        // weight: [9 * channels, outputs], packed
+  bool winograd;                                     // the order of the weights
+  const S *x, *weight, *bias;                        // weight: [9 or 25 * channels, outputs], packed
   S* y;
   const Conv3x3Params* source;  // makes x row by row, or null; its y is not used
   int64_t threads;              // for which images are cut

@@ -14,6 +14,13 @@ SHVIT_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 SHVIT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 SHVIT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Rows an odd number of cache lines apart, so that columns do not share cache sets.
+template <class T>
+SHVIT_INLINE int64_t row_distance(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
 // Hands out aligned pieces of one buffer. With a null buffer it only measures.
 class Bump {
  public:
@@ -142,20 +149,32 @@ SHVIT_INLINE void fill(S* row, int64_t n, S value) {
   for (int64_t i = 0; i < n; ++i) row[i] = value;
 }
 
-// dst[i] = f(vector or scalar, i) for n contiguous values, in vectors; the last one takes in values before it
-// where there are enough, so f must not read dst.
-template <int VB, class S, class F>
-SHVIT_INLINE void write_row(S* dst, int64_t n, F f) {
+// f(vector or scalar, i) for n contiguous values, in vectors; the last one takes in values before it where
+// there are enough, so f must give the same for them once more.
+template <int VB, class F>
+SHVIT_INLINE void over_row(int64_t n, F f) {
   using V = Vec<float, VB>;
   constexpr int W = kLanes<float, VB>;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store_narrow<VB>(dst + i, f(V{}, i));
+  for (; i + W <= n; i += W) f(V{}, i);
   if (i == n) return;
   if (n >= W) {
-    store_narrow<VB>(dst + n - W, f(V{}, n - W));
+    f(V{}, n - W);
   } else {
-    for (; i < n; ++i) narrow(dst + i, f(0.0f, i));
+    for (; i < n; ++i) f(0.0f, i);
   }
+}
+
+// dst[i] = f(vector or scalar, i), which must not read dst.
+template <int VB, class S, class F>
+SHVIT_INLINE void write_row(S* dst, int64_t n, F f) {
+  over_row<VB>(n, [&](auto lane, int64_t i) SHVIT_INLINE_LAMBDA {
+    if constexpr (sizeof(lane) > sizeof(float)) {
+      store_narrow<VB>(dst + i, f(lane, i));
+    } else {
+      narrow(dst + i, f(lane, i));
+    }
+  });
 }
 
 template <int VB, class From, class To>

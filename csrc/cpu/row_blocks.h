@@ -38,13 +38,6 @@ struct RowBlocks {
   }
 };
 
-// Rows an odd number of cache lines apart, so that columns do not share cache sets.
-template <class T>
-SHVIT_INLINE int64_t row_distance(int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return (ceil_div(columns, kLine) | 1) * kLine;
-}
-
 // Into rows, of which only `columns` are there.
 template <class T>
 SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
