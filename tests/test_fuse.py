@@ -110,10 +110,14 @@ def test_every_block_is_fused_and_exact(make, prepare):
 
 def test_stages_are_single_operators():
     fast = fuse(small())
-    stem = fast.model.patch_embed
-    assert stem.kinds == [Kind.CONV3X3] * 4
-    assert stem.code[4::CODE] == [0, 1, 1, 1]  # in squares, but for the first
+    assert fast.model.patch_embed.kinds == [Kind.CONV3X3] * 4
     assert [len(stage.kinds) for stage in fast.model.stages] == [2, 5 + 6, 5 + 6]
+
+
+def test_stems_are_made_in_squares_where_channels_are_many():
+    fast = fuse(shvit_kernels.shvit_s1().eval())
+    assert fast.model.patch_embed.code[1::CODE] == [3, 16, 32, 64]
+    assert fast.model.patch_embed.code[4::CODE] == [0, 1, 1, 1]
 
 
 @native_tier.needs_native

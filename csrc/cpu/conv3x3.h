@@ -362,29 +362,28 @@ struct Conv3x3 {
         const V bias = whole ? load<V>(b) : load_some<Bytes>(b, last);
         int64_t row = 2 * (first / across), column = 2 * (first % across);
         for (int64_t i = 0; i < M; ++i) {
-          V sums[9];
-#pragma GCC unroll 9
-          for (int k = 0; k < 9; ++k) sums[k] = load<V>(scratch_.sums + (k * kMost + i) * kColumns + j * W);
-#pragma GCC unroll 2
-          for (int dy = 0; dy < 2; ++dy) {
-            V line[3];
-#pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k) line[k] = sums[6 * dy + k] + sums[3 + k];
-#pragma GCC unroll 2
-            for (int dx = 0; dx < 2; ++dx) {
-              if (row + dy >= height || column + dx >= width) continue;
-              V v = line[2 * dx] + line[1] + bias;
-              if (a_.relu) v = max0(v);
-              S* y = y_ + ((row + dy) * width + column + dx) * a_.outputs + n + j * W;
-              if (whole) {
-                store(y, v);
-              } else {
-                store_some<Bytes>(y, v, last);
-              }
+          const auto sum = [&](int k) SHVIT_INLINE_LAMBDA {
+            return load<V>(scratch_.sums + (k * kMost + i) * kColumns + j * W);
+          };
+          S* y = y_ + (row * width + column) * a_.outputs + n + j * W;
+          const auto put = [&](S* to, V v) SHVIT_INLINE_LAMBDA {
+            v += bias;
+            if (a_.relu) v = max0(v);
+            if (whole) {
+              store(to, v);
+            } else {
+              store_some<Bytes>(to, v, last);
             }
-          }
+          };
+          const auto line = [&](S* to, V a, V b, V c) SHVIT_INLINE_LAMBDA {
+            put(to, a + b);
+            if (column + 1 < width) put(to + a_.outputs, c + b);
+          };
+          const V left = sum(3), middle = sum(4), right = sum(5);
+          line(y, sum(0) + left, sum(1) + middle, sum(2) + right);
+          if (row + 1 < height) line(y + width * a_.outputs, sum(6) + left, sum(7) + middle, sum(8) + right);
           column += 2;
-          if (column < 2 * across) continue;
+          if (column < width) continue;
           column = 0;
           row += 2;
         }
