@@ -515,6 +515,10 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
     operators with the same result, which unpack the weights in each call. Under ``torch.jit.trace`` and
     ``torch.onnx.export``, and where derivatives are asked for, all are PyTorch operators.
 
+    In float32 the 3x3 convolutions of the stem, from 16 channels on, are computed by Winograd's minimal filtering, with
+    25 multiplications where the definition has 36. That rounds differently, and where an infinity is read the result
+    may be NaN.
+
     bfloat16 (``fuse(model).to(torch.bfloat16)``, and images of that type) is faster than float32 on processors with
     AVX512_BF16 and slower on others; sums are float32, what lies between the layers is rounded.
 

@@ -143,19 +143,22 @@ def unpack(packed: Tensor, outputs: int) -> Tensor:
 
 # A 3x3 convolution of stride 2 by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional
 # Neural Networks", CVPR 2016), F(2, 2) on every second value: in each direction two outputs are three sums of five
-# products, by these combinations of the three weights.
-_COMBINED = ((1, 0, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1), (0, 1, 0))
+# products (csrc/cpu/conv3x3.h). Those of a sum lie side by side.
 _SUMS = ((0, 1), (2,), (3, 4))
-# The products in both directions, those of a sum side by side.
 _PRODUCTS = [5 * i + j for rows in _SUMS for columns in _SUMS for i in rows for j in columns]
 _TAPS = [_PRODUCTS.index(5 * i + j) for i in (0, 1, 3) for j in (0, 1, 3)]
 
 
+def _factors(kernel: Tensor, dim: int) -> Tensor:
+    """The five right factors along a dimension of three weights."""
+    first, middle, last = kernel.unbind(dim)
+    return torch.stack((first, middle, first + last, last, middle), dim)
+
+
 def winograd(kernel: Tensor) -> Tensor:
     """``[outputs, C, 3, 3]`` as ``[outputs, 25, C]``, the weights of all products for squares of 2x2 outputs."""
-    combined = torch.tensor(_COMBINED, dtype=torch.float64, device=kernel.device)
-    products = torch.einsum("iy,jx,ocyx->oijc", combined, combined, kernel.double())
-    return products.flatten(1, 2)[:, _PRODUCTS].to(kernel.dtype)
+    products = _factors(_factors(kernel.double(), 2), 3)
+    return products.flatten(2)[..., _PRODUCTS].transpose(1, 2).to(kernel.dtype)
 
 
 def taps_of_winograd(products: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ class Case:
     """Of the input: images, channels, height, width."""
     dtype: torch.dtype
     flops: int
-    """Floating-point operations of one call; a training step counts three times the forward."""
+    """Floating-point operations of one call, by the definition of its layers, also where Winograd's filtering saves
+    some; a training step counts three times the forward."""
     module: Callable[[], nn.Module]
     """Makes ours, in float32 on the CPU."""
 
