@@ -63,7 +63,7 @@ struct ShsaBackward {
   struct Scratch {
     Bump bump;
     T *normal, *z, *zt, *y;                 // [P, ld], [P, ld], [ld, P], [P, ld]
-    T *probabilities, *dscores, *kt, *dqt;  // [24, keys], [24, keys], [keys, D], [ld or 24, D]
+    T *probabilities, *dscores, *kt, *dqt;  // [32, keys], [32, keys], [keys, D], [ld or 32, D]
     T *columns, *made;                      // [keys, 32], [P, 32]
     Scratch(void* base, const Sizes& s, int64_t ld, int64_t keys)
         : bump(base),
