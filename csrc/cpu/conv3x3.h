@@ -19,6 +19,7 @@ SHVIT_INLINE int64_t halved(int64_t n) { return (n + 1) / 2; }
 // Weights are in the order of the sums AA, AB, AC, BA and so on, for each one its products, row by row.
 struct Winograd {
   static constexpr int kProducts = 5;  // in a direction: two of A, one of B, two of C
+  static constexpr int kAll = kProducts * kProducts;
   static constexpr int kFirst[3] = {0, 2, 3}, kTerms[3] = {2, 1, 2};  // of a sum
 
   // Of a sum, its first product, and how many there are.
@@ -33,8 +34,9 @@ struct Winograd {
 #pragma GCC unroll 9
     for (int sum = 0; sum < 9; ++sum)
 #pragma GCC unroll 4
-      for (int term = 0; term < terms(sum / 3, sum % 3); ++term)
-        f(kFirst[sum / 3] + term / kTerms[sum % 3], kFirst[sum % 3] + term % kTerms[sum % 3]);
+      for (int term = 0; term < 4; ++term)  // as many as a sum has at most, so that the loop can be unrolled
+        if (term < terms(sum / 3, sum % 3))
+          f(kFirst[sum / 3] + term / kTerms[sum % 3], kFirst[sum % 3] + term % kTerms[sum % 3]);
   }
 
   // Where the product with this weight of the kernel alone lies.
@@ -45,8 +47,8 @@ struct Winograd {
 };
 
 // A product of packed weights [9 * C, outputs], rows ordered by kernel row, kernel column and channel, or
-// [25 * C, outputs] as Winograd has them. What it reads lies in scratch, channels side by side and with the
-// padding around them: brought there from memory, or made by the convolution before.
+// [25 * C, outputs] as Winograd has them. Lines that it reads lie in scratch, channels side by side: brought
+// there from memory, or made by the convolution before.
 template <class S, int VB>
 struct Conv3x3 {
   using Params = shvit::Conv3x3Params<S>;
@@ -69,7 +71,7 @@ struct Conv3x3 {
   static bool in_place(const Params& a) { return in_squares(a) && !a.source && a.channels_last; }
   static int64_t line_size(const Params& a) { return a.width * a.channels + 2 * padding(a); }
 
-  // Lines of one image, the first pixel of padding before each. `source` makes them, if it is not null.
+  // Lines of one image, with the padding around each. `source` makes them, if it is not null.
   class Lines {
    public:
     static int64_t size(const Params& a) { return in_place(a) ? 0 : kept(a) * line_size(a); }
@@ -178,7 +180,7 @@ struct Conv3x3 {
     void make(int64_t row, S* y) {
       lines_.read_to(2 * row + 2);
       if (a_.winograd) {
-        if constexpr (!std::is_same_v<S, float>) multiply<PatchesByPixel>(row, 25, y);
+        if constexpr (!std::is_same_v<S, float>) multiply<PatchesByPixel>(row, Winograd::kAll, y);
       } else if (a_.channels == 3) {
         multiply<Patches<3>>(row, 9, y);
       } else {
@@ -226,8 +228,7 @@ struct Conv3x3 {
       const Parts blocks{count, ceil_div(count, kMost)};
       for (int64_t block = 0; block < blocks.parts; ++block) {
         const int64_t first = begin * across + blocks.begin(block), M = blocks.end(block) - blocks.begin(block);
-        for (int64_t i = 0; i < M; ++i)
-          read((first + i) / across, (first + i) % across, scratch_.terms + i * distance(a_));
+        for (int64_t i = 0; i < M; ++i) read(place_of(first + i), scratch_.terms + i * distance(a_));
         multiply(first, M);
       }
     }
@@ -235,10 +236,23 @@ struct Conv3x3 {
    private:
     static constexpr int64_t kColumns = 2 * kLanes<S, VB>;
     // From the terms of a square to those of the next.
-    static int64_t distance(const Params& a) { return row_distance<S>(25 * a.channels); }
+    static int64_t distance(const Params& a) { return row_distance<S>(Winograd::kAll * a.channels); }
+
+    struct Place {
+      int64_t row, column;  // among the squares of the image
+    };
+    Place place_of(int64_t square) const {
+      const int64_t across = squares_across(a_);
+      return {square / across, square % across};
+    }
+    // The first of the outputs of a square.
+    S* outputs(Place square) const {
+      return y_ + 2 * (square.row * halved(a_.width) + square.column) * a_.outputs;
+    }
 
     // The left factors of all products of a square.
-    void read(int64_t row, int64_t column, S* to) {
+    void read(Place square, S* to) {
+      const auto [row, column] = square;
       lines_.read_to(4 * row + 4);
       const int64_t C = a_.channels, first = 4 * column - 1;
       const S* line[5];
@@ -249,7 +263,7 @@ struct Conv3x3 {
         line[i] = from ? from + first * C : nullptr;
       }
       if (!inside) pad(row, first, line);
-      if (in_place(a_)) bring(row, column);
+      if (in_place(a_)) bring(square);
       over_row<VB>(C, [&](auto lane, int64_t c) SHVIT_INLINE_LAMBDA {
         decltype(lane) v[5][5];
 #pragma GCC unroll 5
@@ -270,9 +284,10 @@ struct Conv3x3 {
     }
 
     // Brings what the square below reads of further lines.
-    void bring(int64_t row, int64_t column) const {
-      for (int64_t i = 4 * row + 4; i < min64(4 * row + 8, a_.height); ++i)
-        prefetch(lines_.line(i) + 4 * column * a_.channels, min64(4, a_.width - 4 * column) * a_.channels);
+    void bring(Place square) const {
+      const int64_t row = 4 * square.row + 4, column = 4 * square.column;
+      for (int64_t i = row; i < min64(row + 4, a_.height); ++i)
+        prefetch(lines_.line(i) + column * a_.channels, min64(4, a_.width - column) * a_.channels);
     }
 
     // Puts a copy with zeros in the place of what a square reads at the border of the image.
@@ -321,7 +336,7 @@ struct Conv3x3 {
     int64_t columns(int64_t first, int64_t M, int64_t n, int64_t rest) const {
       constexpr int64_t W = kLanes<S, Bytes>;
       const int64_t C = a_.channels;
-      const PackedWeights<S> weights{a_.weight, 25 * C, true};
+      const PackedWeights<S> weights{a_.weight, Winograd::kAll * C, true};
       for (; a_.outputs - n > rest; n += NV * W) {
         for (int sum = 0; sum < 9; ++sum) {
           bring_results(first + M * sum / 9, first + M * (sum + 1) / 9, n, NV * W);
@@ -338,11 +353,10 @@ struct Conv3x3 {
 
     // Brings where the results of some squares go, `count` columns from column `n` on.
     void bring_results(int64_t first, int64_t end, int64_t n, int64_t count) const {
-      const int64_t across = squares_across(a_), width = halved(a_.width);
       for (int64_t square = first; square < end; ++square) {
-        const S* y = y_ + 2 * (square / across * width + square % across) * a_.outputs + n;
+        const S* y = outputs(place_of(square)) + n;
         for (int64_t pixel = 0; pixel < 4; ++pixel) {
-          const S* to = y + (pixel / 2 * width + pixel % 2) * a_.outputs;
+          const S* to = y + (pixel / 2 * halved(a_.width) + pixel % 2) * a_.outputs;
           for (int64_t i = 0; i < count; i += Ahead::kLine / static_cast<int64_t>(sizeof(S)))
             __builtin_prefetch(to + i, 1);
           __builtin_prefetch(to + count - 1, 1);
@@ -354,18 +368,18 @@ struct Conv3x3 {
     SHVIT_INLINE void finish(int64_t first, int64_t M, int64_t n) const {
       using V = Vec<S, Bytes>;
       constexpr int64_t W = kLanes<S, Bytes>;
-      const int64_t across = squares_across(a_), width = halved(a_.width), height = halved(a_.height);
+      const int64_t width = halved(a_.width), height = halved(a_.height);
       const int64_t last = a_.outputs - n - (NV - 1) * W;  // values of the last vector, which can be cut
       for (int j = 0; j < NV; ++j) {
         const bool whole = j < NV - 1 || last >= W;
         const S* b = a_.bias + n + j * W;
         const V bias = whole ? load<V>(b) : load_some<Bytes>(b, last);
-        int64_t row = 2 * (first / across), column = 2 * (first % across);
         for (int64_t i = 0; i < M; ++i) {
           const auto sum = [&](int k) SHVIT_INLINE_LAMBDA {
             return load<V>(scratch_.sums + (k * kMost + i) * kColumns + j * W);
           };
-          S* y = y_ + (row * width + column) * a_.outputs + n + j * W;
+          const Place square = place_of(first + i);
+          S* y = outputs(square) + n + j * W;
           const auto put = [&](S* to, V v) SHVIT_INLINE_LAMBDA {
             v += bias;
             if (a_.relu) v = max0(v);
@@ -377,15 +391,12 @@ struct Conv3x3 {
           };
           const auto line = [&](S* to, V a, V b, V c) SHVIT_INLINE_LAMBDA {
             put(to, a + b);
-            if (column + 1 < width) put(to + a_.outputs, c + b);
+            if (2 * square.column + 1 < width) put(to + a_.outputs, c + b);
           };
           const V left = sum(3), middle = sum(4), right = sum(5);
           line(y, sum(0) + left, sum(1) + middle, sum(2) + right);
-          if (row + 1 < height) line(y + width * a_.outputs, sum(6) + left, sum(7) + middle, sum(8) + right);
-          column += 2;
-          if (column < width) continue;
-          column = 0;
-          row += 2;
+          if (2 * square.row + 1 < height)
+            line(y + width * a_.outputs, sum(6) + left, sum(7) + middle, sum(8) + right);
         }
       }
     }
