@@ -130,15 +130,27 @@ PANEL = 16
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs, 16]``, zeros for the outputs that are missing."""
+    """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs + 1, 16]``, zeros for the outputs that are missing.
+
+    The weights of an output are divided by a power of two near their mean magnitude, which stands behind them: values
+    of the order of 1 are what products in pairs need (csrc/cpu/pairs.h).
+    """
     outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
-    return padded.view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    magnitude = weight.detach().double().abs().mean(1)
+    magnitude = torch.where(magnitude.isfinite(), magnitude, 0)
+    exponent = magnitude.frexp().exponent.clamp(*_EXPONENTS)
+    factor = torch.ones_like(magnitude).ldexp(exponent).to(weight.dtype)
+    scaled = torch.cat([weight / factor[:, None], factor[:, None]], 1)
+    return F.pad(scaled, (0, 0, 0, -outputs % PANEL)).view(-1, PANEL, inputs + 1).transpose(1, 2).contiguous()
+
+
+_EXPONENTS = (-14, 15)
+"""Those of the normal numbers of float16, the narrowest type that a model may be converted to."""
 
 
 def unpack(packed: Tensor, outputs: int) -> Tensor:
     """The ``[outputs, inputs]`` that :func:`pack` was given."""
-    return packed.transpose(1, 2).flatten(0, 1)[:outputs]
+    return (packed[:, :-1] * packed[:, -1:]).transpose(1, 2).flatten(0, 1)[:outputs]
 
 
 # A 3x3 convolution of stride 2 by Winograd's minimal filtering (Lavin and Gray, "Fast Algorithms for Convolutional
@@ -269,7 +281,7 @@ def _shapes(kind: Kind, channels: int, settings: list[int]) -> list[tuple[int, .
     """Those of the weights of a layer, in their order."""
 
     def linear(outputs: int, inputs: int) -> list[tuple[int, ...]]:
-        return [(-(-outputs // PANEL), inputs, PANEL), (outputs,)]
+        return [(-(-outputs // PANEL), inputs + 1, PANEL), (outputs,)]
 
     first, second, third = settings
     if kind == Kind.CONV3X3:

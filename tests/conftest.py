@@ -32,7 +32,7 @@ def _native_tier() -> list[str]:
         return [f"native: not run, {native_tier.missing()}"]
     runnable = native.instruction_sets()
     lines = [f"native: ran on {', '.join(runnable)}; chosen here is {native.instruction_set()}"]
-    unproven = [name for name in native_tier.FUSED_BFLOAT16_VARIANTS if name not in runnable]
+    unproven = [name for name in native_tier.ALL_VARIANTS if name not in runnable]
     if unproven:
         lines.append(f"native: {', '.join(unproven)} wrappers unproven here, this processor cannot run them")
     return lines

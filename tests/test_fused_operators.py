@@ -245,7 +245,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 EACH_KERNEL = [
     pytest.param(*kernel.values, dtype, marks=kernel.marks, id=f"{kernel.values[0]}-{dtype}")
     for dtype, variants in (
-        (torch.float32, native_tier.VARIANTS),
+        (torch.float32, native_tier.PROJECTION_VARIANTS),
         (torch.bfloat16, native_tier.FUSED_BFLOAT16_VARIANTS),
     )
     for kernel in native_tier.each_variant(variants)
@@ -463,9 +463,10 @@ def test_winograd_keeps_the_kernel():
 def test_packing_is_undone(outputs):
     weight = torch.randn(outputs, 7)
     packed = pack(weight)
-    assert packed.shape == (-(-outputs // 16), 7, 16)
+    assert packed.shape == (-(-outputs // 16), 7 + 1, 16)
     assert torch.equal(unpack(packed, outputs), weight)
-    assert packed[0, 3, 0] == weight[0, 3] and (packed.sum() - weight.sum()).abs() < 1e-5
+    assert packed[0, 3, 0] * packed[0, 7, 0] == weight[0, 3]
+    assert not packed[-1, :, outputs % 16 or 16 :].any()
 
 
 @each_small

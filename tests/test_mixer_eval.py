@@ -59,14 +59,14 @@ def test_parity_of_every_fold(N, dtype, layout, residual, batch_norm, proj_batch
     check(mixer_eval_call(Case(N=N, dtype=dtype, layout=layout), batch_norm, proj_batch_norm, residual))
 
 
-@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PROJECTION_VARIANTS))
 @pytest.mark.parametrize("case, pair", in_turn(SMALL_COVER))
 def test_parity_of_every_variant(case, pair, variant):
     with native_tier.instruction_set(variant):
         check(mixer_eval_call(case, *pair))
 
 
-@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PROJECTION_VARIANTS))
 @each_layout
 @each_residual
 @pytest.mark.parametrize(

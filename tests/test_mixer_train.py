@@ -61,14 +61,14 @@ def test_parity_without_the_residual(N, layout):
     check(Case(N=N, layout=layout), residual=False)
 
 
-@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PROJECTION_VARIANTS))
 @pytest.mark.parametrize("case", by_name(SMALL_COVER))
 def test_parity_of_every_variant(case, variant):
     with native_tier.instruction_set(variant):
         check(case)
 
 
-@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PROJECTION_VARIANTS))
 @each_layout
 @each_residual
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_each_norm_has_its_own_eps(N, layout):
     assert_near_eager(mixer_train_call(case, epsilons=(0.5, 0.3, 0.1)))
 
 
-@pytest.mark.parametrize("variant", native_tier.each_variant())
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PROJECTION_VARIANTS))
 @each_layout
 @each_residual
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "not_affine"])

@@ -343,10 +343,10 @@ struct Conv3x3 {
           const int64_t at = Winograd::first(sum / 3, sum % 3), terms = Winograd::terms(sum / 3, sum % 3);
           gemm_column<S, Bytes, NV, kTile>(
               M, WholeRows<S>{{scratch_.terms + at * C, distance(a_), 1}, terms * C},
-              {weights.at(n) + at * C * kPanel, kPanel, W < kPanel ? W : weights.rows * kPanel},
+              {weights.at(n) + at * C * kPanel, kPanel, weights.vectors(n, W).vector_stride},
               SumsFinish{scratch_.sums + sum * kMost * kColumns}, weights.ahead(n, NV * W, at * C, terms * C));
         }
-        finish<Bytes, NV>(first, M, n);
+        finish<Bytes, NV>(first, M, n, weights.factors(n, W));
       }
       return n;
     }
@@ -365,7 +365,7 @@ struct Conv3x3 {
     }
 
     template <int Bytes, int NV>
-    SHVIT_INLINE void finish(int64_t first, int64_t M, int64_t n) const {
+    SHVIT_INLINE void finish(int64_t first, int64_t M, int64_t n, VectorsView<S> factors) const {
       using V = Vec<S, Bytes>;
       constexpr int64_t W = kLanes<S, Bytes>;
       const int64_t width = halved(a_.width), height = halved(a_.height);
@@ -374,6 +374,7 @@ struct Conv3x3 {
         const bool whole = j < NV - 1 || last >= W;
         const S* b = a_.bias + n + j * W;
         const V bias = whole ? load<V>(b) : load_some<Bytes>(b, last);
+        const V factor = load<V>(factors.data + j * factors.vector_stride);
         for (int64_t i = 0; i < M; ++i) {
           const auto sum = [&](int k) SHVIT_INLINE_LAMBDA {
             return load<V>(scratch_.sums + (k * kMost + i) * kColumns + j * W);
@@ -381,7 +382,7 @@ struct Conv3x3 {
           const Place square = place_of(first + i);
           S* y = outputs(square) + n + j * W;
           const auto put = [&](S* to, V v) SHVIT_INLINE_LAMBDA {
-            v += bias;
+            v = v * factor + bias;
             if (a_.relu) v = max0(v);
             if (whole) {
               store(to, v);

@@ -39,16 +39,38 @@ struct Depthwise {
   static Plan plan(const Params& a) {
     const int64_t flops = 18 * out_height(a) * out_width(a) * a.channels +
                           (a.source ? 2 * a.height * a.width * a.source->inputs * a.channels : 0);
-    return single_phase<S>(a.images * bands(a).parts, a.images * flops, row_size(a) + source_size(a));
+    Plan plan = single_phase<S>(a.images * bands(a).parts, a.images * flops, 0);
+    Bump bump(nullptr);
+    Scratch(bump, a);
+    plan.scratch_bytes = bump.used();
+    return plan;
   }
 
-  // A row of zeros stands for those above and below the image.
+  // A row of zeros, which stands for those above and below the image; rows of x, if they are made here, and
+  // what makes them.
+  struct Scratch {
+    S *zero, *made;
+    char* source;
+    Scratch(Bump& bump, const Params& a)
+        : zero(bump.take<S>(row_size(a))), made(bump.take<S>(source_size(a))), source(nullptr) {
+      if (a.source) source = bump.take<char>(source_scratch(a));
+    }
+  };
+  static int64_t source_scratch(const Params& a) {
+    int64_t bytes = 0;
+    const Parts all = bands(a);
+    for (int64_t band = 0; band < all.parts; ++band)
+      bytes = max64(bytes, Pointwise<S, VB>::plan(source_of(a, all.begin(band), all.end(band))).scratch_bytes);
+    return bytes;
+  }
+
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
     const int64_t image = task / all.parts, band = task % all.parts;
-    S* zero = Bump(memory).take<S>(row_size(a) + source_size(a));
-    fill(zero, row_size(a), S{});
-    const Band rows = band_of(a, image, all.begin(band), all.end(band), zero, zero + row_size(a));
+    Bump bump(memory);
+    const Scratch scratch(bump, a);
+    fill(scratch.zero, row_size(a), S{});
+    const Band rows = band_of(a, image, all.begin(band), all.end(band), scratch);
     if (a.stride == 2) {
       run_band<2>(a, rows);
     } else {
@@ -62,17 +84,23 @@ struct Depthwise {
     const S *x, *zero;
   };
 
-  static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const S* zero, S* made) {
-    if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_size(a), zero};
-    const int64_t first = first_source_row(a, begin);
+  // What makes, of an image, the rows that a band reads.
+  static shvit::PointwiseParams<S> source_of(const Params& a, int64_t begin, int64_t end) {
     shvit::PointwiseParams<S> source = *a.source;
     source.images = 1;
-    source.tokens = (end_source_row(a, end) - first) * a.width;
+    source.tokens = (end_source_row(a, end) - first_source_row(a, begin)) * a.width;
+    return source;
+  }
+
+  static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const Scratch& scratch) {
+    if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_size(a), scratch.zero};
+    const int64_t first = first_source_row(a, begin);
+    shvit::PointwiseParams<S> source = source_of(a, begin, end);
     source.x += (image * a.height + first) * a.width * source.inputs;
-    source.y = made;
+    source.y = scratch.made;
     const int64_t tasks = Pointwise<S, VB>::tasks(source).count();
-    for (int64_t task = 0; task < tasks; ++task) Pointwise<S, VB>::run(source, 0, task, nullptr);
-    return {image, begin, end, first, made, zero};
+    for (int64_t task = 0; task < tasks; ++task) Pointwise<S, VB>::run(source, 0, task, scratch.source);
+    return {image, begin, end, first, scratch.made, scratch.zero};
   }
 
   template <int Stride>

@@ -69,7 +69,7 @@ const S* parameter(const char* name, const Tensor& t, int64_t count) {
   return values<S>(name, t);
 }
 
-// Packed weights [ceil(outputs / 16), inputs, 16] and their bias [outputs].
+// Packed weights [ceil(outputs / 16), inputs + 1, 16] and their bias [outputs].
 template <class S>
 struct Packed {
   int64_t outputs;
@@ -81,9 +81,9 @@ int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 template <class S>
 Packed<S> packed(const Tensor& w, const Tensor& b, int64_t inputs) {
   const int64_t outputs = b.numel();
-  STD_TORCH_CHECK(
-      w.dim() == 3 && w.size(0) == panels(outputs) && w.size(1) == inputs && w.size(2) == kPanel && outputs > 0,
-      "weight must be packed from [", outputs, ", ", inputs, "]");
+  STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == panels(outputs) && w.size(1) == inputs + 1 &&
+                      w.size(2) == kPanel && outputs > 0,
+                  "weight must be packed from [", outputs, ", ", inputs, "]");
   return {outputs, parameter<S>("weight", w, w.numel()), parameter<S>("bias", b, outputs)};
 }
 
@@ -143,7 +143,7 @@ class Weights {
   }
   Packed<S> packed(int64_t inputs, int64_t outputs) {
     check_width(outputs);
-    const S* weight = take(panels(outputs) * inputs * kPanel);
+    const S* weight = take(panels(outputs) * (inputs + 1) * kPanel);
     return {outputs, weight, take(outputs)};
   }
   Conv3x3Weights<S> conv3x3(int64_t channels, int64_t outputs, bool winograd) {

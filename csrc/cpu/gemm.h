@@ -2,7 +2,7 @@
 //
 // A has any strides; its elements are broadcast. A tile of MR rows by NV vectors of C stays in registers while
 // K runs, and goes through `finish` to where it belongs. B is a panel in cache with contiguous rows (`gemm`),
-// or packed weights, 16 columns side by side (`gemm_packed`).
+// or packed, 16 columns side by side (`gemm_packed`).
 #pragma once
 
 #include "kernels.h"
@@ -208,14 +208,23 @@ SHVIT_INLINE void gemm_tile(int64_t first, A a, VectorsView<T> b, Finish finish,
   if constexpr (Half) finish.behind(NV)(first, half_acc);
 }
 
-// The same as a function of its own, so that nothing else takes registers from many sums.
+// The same as a function of its own, so that nothing else takes registers from many sums. A left factor may
+// have tiles of its own (pairs.h).
 template <class T, int VB, int MR, int NV, class A, class Finish>
 __attribute__((noinline)) void gemm_tile_apart(int64_t first, const A& a, VectorsView<T> b,
                                                const Finish& finish, Ahead ahead) {
+  const auto tile = [&](auto ends, auto with_ends) SHVIT_INLINE_LAMBDA {
+    constexpr bool kEnds = decltype(with_ends)::value;
+    if constexpr (requires { a.template tile<VB, MR, NV, kEnds>(first, b, finish, ahead, ends); }) {
+      a.template tile<VB, MR, NV, kEnds>(first, b, finish, ahead, ends);
+    } else {
+      gemm_tile<T, VB, MR, NV, false, kEnds>(first, a, b, finish, ahead, ends);
+    }
+  };
   if constexpr (requires { finish.ends(first, MR); }) {
-    gemm_tile<T, VB, MR, NV, false, true>(first, a, b, finish, ahead, finish.ends(first, MR));
+    tile(finish.ends(first, MR), Count<1>{});
   } else {
-    gemm_tile<T, VB, MR, NV>(first, a, b, finish, ahead);
+    tile(EndsAhead<T>{}, Count<0>{});
   }
 }
 
@@ -350,16 +359,25 @@ struct ColumnsFrom {
   }
 };
 
-// Packed weights [ceil(columns / 16), rows, 16]. Those that come from memory, rather than from cache, are
-// brought in as the columns before them are computed. Behind the last of them lies what the next layer reads.
-template <class T>
-struct PackedWeights {
+// B packed, [ceil(columns / 16), rows, 16]. Scaled, its columns are divided by powers of two, which stand in a
+// last row and multiply the sums. What comes from memory, rather than from cache, is brought in as the columns
+// before it are computed. Behind the last of it lies what the next layer reads.
+template <class T, bool Scaled>
+struct Packed {
+  static constexpr bool kScaled = Scaled;
   const T* data;
   int64_t rows;
   bool from_memory = false;
 
-  SHVIT_INLINE const T* at(int64_t column) const {
-    return data + column / kPanel * rows * kPanel + column % kPanel;
+  SHVIT_INLINE int64_t panel() const { return (rows + Scaled) * kPanel; }
+  SHVIT_INLINE const T* at(int64_t column) const { return data + column / kPanel * panel() + column % kPanel; }
+  // NV vectors of `width` columns from column `n` on, and the factors of their columns.
+  SHVIT_INLINE VectorsView<T> vectors(int64_t n, int64_t width) const {
+    return {at(n), kPanel, width < kPanel ? width : panel()};
+  }
+  SHVIT_INLINE VectorsView<T> factors(int64_t n, int64_t width) const {
+    static_assert(Scaled);
+    return {at(n) + rows * kPanel, 0, vectors(n, width).vector_stride};
   }
   // As much as `width` columns, from a panel behind column `n` on.
   SHVIT_INLINE Ahead ahead(int64_t n, int64_t width) const { return ahead(n, width, 0, rows); }
@@ -367,28 +385,63 @@ struct PackedWeights {
   SHVIT_INLINE Ahead ahead(int64_t n, int64_t width, int64_t first, int64_t count) const {
     if (!from_memory) return {};
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const char* next = reinterpret_cast<const char*>(data + (n + (width > kPanel ? width : kPanel)) * rows);
+    const int64_t panels = (n + (width > kPanel ? width : kPanel)) / kPanel;
+    const char* next = reinterpret_cast<const char*>(data + panels * panel());
     return {next + first * row_bytes, next + (first + count) * row_bytes,
             Ahead::kRows * row_bytes / Ahead::kLine};
+  }
+};
+template <class T>
+using PackedWeights = Packed<T, true>;
+template <class T>
+using PackedRows = Packed<T, false>;
+
+// A finish of sums that are multiplied by the factors of their columns.
+template <class Finish, class T, int W>
+struct ScaledColumnsFrom {
+  static constexpr bool kDeep = Finish::kDeep;
+  ColumnsFrom<Finish, W> finish;
+  VectorsView<T> factors;
+
+  template <class V>
+  SHVIT_INLINE V factor(int j) const {
+    return load_wide<sizeof(V)>(factors.data + j * factors.vector_stride);
+  }
+  template <class V, int MR, int NV>
+  SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
+    each_vector(acc, [&](V& v, int, int j) SHVIT_INLINE_LAMBDA { v *= factor<V>(j); });
+    finish(first, acc);
+  }
+  SHVIT_INLINE auto ends(int64_t first, int rows) const
+    requires requires { finish.ends(first, rows); }
+  {
+    return finish.ends(first, rows);
   }
 };
 
 // Columns of A B, NV vectors at a time from column `n` on, while more than `rest` columns are left; returns the
 // next column.
-template <class T, int VB, int MR, int NV, class A, class Finish>
-SHVIT_INLINE int64_t packed_columns(int64_t M, A a, PackedWeights<T> b, int64_t n, int64_t end, int64_t rest,
+template <class T, int VB, int MR, int NV, class A, bool Scaled, class Finish>
+SHVIT_INLINE int64_t packed_columns(int64_t M, A a, Packed<T, Scaled> b, int64_t n, int64_t end, int64_t rest,
                                     Finish finish) {
   constexpr int64_t W = kSumLanes<T, VB>;
-  for (; end - n > rest; n += NV * W)
-    gemm_column<T, VB, NV, MR>(M, a, {b.at(n), kPanel, W < kPanel ? W : b.rows * kPanel},
-                               ColumnsFrom<Finish, W>{finish, n}, b.ahead(n, NV * W));
+  for (; end - n > rest; n += NV * W) {
+    const ColumnsFrom<Finish, W> from{finish, n};
+    const Ahead ahead = b.ahead(n, NV * W);
+    if constexpr (Scaled) {
+      gemm_column<T, VB, NV, MR>(M, a, b.vectors(n, W), ScaledColumnsFrom<Finish, T, W>{from, b.factors(n, W)},
+                                 ahead);
+    } else {
+      gemm_column<T, VB, NV, MR>(M, a, b.vectors(n, W), from, ahead);
+    }
+  }
   return n;
 }
 
 // A B, for its vectors of columns from `begin` to `end` (multiples of a panel or all), in tiles of MR rows:
 // finish(first row, first column, sums). Sums over K stay in one register.
-template <class T, int VB, int MR, class A, class Finish>
-SHVIT_INLINE void gemm_packed(int64_t M, A a, PackedWeights<T> b, int64_t begin, int64_t end, Finish finish) {
+template <class T, int VB, int MR, class A, bool Scaled, class Finish>
+SHVIT_INLINE void gemm_packed(int64_t M, A a, Packed<T, Scaled> b, int64_t begin, int64_t end, Finish finish) {
   constexpr int64_t W = kSumLanes<T, VB>;
   constexpr int64_t kHalf = W == kPanel ? W / 2 : 0;  // half a vector does for the end of a panel
   int64_t n = packed_columns<T, VB, MR, 2>(M, a, b, begin, end, W + kHalf, finish);

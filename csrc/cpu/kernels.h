@@ -122,7 +122,8 @@ struct MixerEvalParams {
   void* workspace;
 };
 
-// Packed weights: [ceil(N / 16), K, 16], zeros beyond column N; the same on every instruction set.
+// Packed weights: [ceil(N / 16), K + 1, 16], zeros beyond column N; the same on every instruction set. Columns
+// are divided by powers of two that stand in the last row, so that their values are of the order of 1.
 constexpr int64_t kPanel = 16;
 
 // The operators of fused models: images whose channels stand side by side ([B, H, W, C]), packed weights and a
@@ -236,7 +237,9 @@ struct Variant {
 extern const Variant kBaseline, kBaselineWide;
 #if defined(__x86_64__)
 extern const Variant kAvx2, kAvx2Wide, kAvx512;
-extern const FusedKernels<BFloat16> kAvx512Bf16;  // in which it differs from kAvx512
+extern const FusedKernels<BFloat16> kAvx512Bf16;  // in which avx512_bf16 differs from kAvx512
+extern const FusedKernels<float> kZen4Fused;      // in which zen4 differs from that
+extern const MixerKernels kZen4Mixer;
 #endif
 
 }  // namespace shvit

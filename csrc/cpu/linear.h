@@ -2,7 +2,7 @@
 // (design section 2, FFN of a block).
 #pragma once
 
-#include "panel.h"
+#include "pairs.h"
 
 namespace {
 
@@ -17,6 +17,11 @@ struct LinearFinish {
   S* y;
   int64_t columns, ld;
   bool relu;
+
+  // Of the rows from `row` on.
+  LinearFinish from(int64_t row) const {
+    return {bias, residual ? residual + row * ld : nullptr, y + row * ld, columns, ld, relu};
+  }
 
   SHVIT_INLINE EndsAhead<S> ends(int64_t row, int64_t column, int rows) const {
     const int64_t at = row * ld + column;
@@ -86,11 +91,22 @@ struct LinearTasks {
   int64_t end_column(int64_t task) const { return few() ? min64(columns.n, (task + 1) * kColumns) : columns.n; }
 };
 
-// Rows of a product by packed weights, for a range of columns.
+// Rows of a product by packed weights, for a range of columns; in pairs, if there is scratch for it.
 template <int VB, class S>
 __attribute__((noinline)) void linear_rows(int64_t M, MatrixView<S> x, PackedWeights<S> weight, int64_t begin,
-                                           int64_t end, LinearFinish<S> finish) {
+                                           int64_t end, LinearFinish<S> finish, const PairedScratch& scratch) {
   constexpr int W = kSumLanes<S, VB>, kRows = kTileRows<VB, true>;
+  if constexpr (kInPairs<S, VB>) {
+    if (scratch.fits(M)) {
+      scratch.with_rows<VB>(
+          M, weight.rows, x,
+          [&](const PairedRows& rows) { gemm_packed<S, VB, kPairedRows>(M, rows, weight, begin, end, finish); },
+          [&](int64_t i, MatrixView<S> row) {
+            gemm_packed<S, VB, 1>(1, WholeRows<S>{row, weight.rows}, weight, begin, end, finish.from(i));
+          });
+      return;
+    }
+  }
   const WholeRows<S> rows{x, weight.rows};
   if constexpr (W == kPanel && kRows >= 12) {
     // Few rows wait for the weights, which come faster from more panels at a time.
@@ -107,26 +123,42 @@ struct Pointwise {
   static LinearTasks tasks(const Params& a) {
     return {a.images * a.tokens, a.outputs, (2 * a.inputs + a.outputs) * static_cast<int64_t>(sizeof(S))};
   }
-  static int64_t scratch_values(const Params& a) { return a.scale ? tasks(a).most_rows() * a.inputs : 0; }
+
+  // Of a task: rows of x, times the scale, and what pairs need.
+  struct Scratch {
+    S* scaled;
+    PairedScratch pairs;
+    Scratch(Bump& bump, const Params& a) {
+      const int64_t rows = tasks(a).most_rows(), K = a.inputs;
+      scaled = a.scale ? bump.take<S>(rows * K) : nullptr;
+      if (!tasks(a).few()) pairs = PairedScratch::take<S, VB>(bump, rows, K);
+    }
+  };
 
   static Plan plan(const Params& a) {
-    return single_phase<S>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs, scratch_values(a));
+    Plan plan = single_phase<S>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs, 0);
+    Bump bump(nullptr);
+    Scratch(bump, a);
+    plan.scratch_bytes = bump.used();
+    return plan;
   }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
+    Bump bump(memory);
+    const Scratch scratch(bump, a);
     const LinearTasks all = tasks(a);
     const int64_t first = all.first_row(task), rows = all.rows_of(task), K = a.inputs;
     const S* x = a.x + first * K;
     if (a.scale) {
-      S* scaled = Bump(memory).take<S>(scratch_values(a));
       for (int64_t row = 0; row < rows; ++row)
-        multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scaled + row * K, K);
-      x = scaled;
+        multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scratch.scaled + row * K, K);
+      x = scratch.scaled;
     }
     const int64_t begin = all.first_column(task), end = all.end_column(task);
     S* y = a.y + first * a.outputs;
     linear_rows<VB, S>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
-                       {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu});
+                       {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu},
+                       scratch.pairs);
     if (a.activation == Activation::kSigmoid)
       for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
   }
@@ -148,6 +180,17 @@ struct Ffn {
   static LinearTasks second(const Params& a) { return {a.rows, a.channels, row_bytes(a)}; }
   static int64_t hidden_values(const Params& a) { return first(a).most_rows() * hidden_ld(a); }
 
+  // Hidden values, and what pairs need for both products.
+  struct Memory {
+    S* hidden;
+    PairedScratch first_pairs, second_pairs;
+    Memory(Bump& bump, const Params& a) : hidden(bump.take<S>(hidden_values(a))) {
+      if (first(a).few()) return;
+      first_pairs = PairedScratch::take<S, VB>(bump, first(a).most_rows(), a.channels);
+      second_pairs = PairedScratch::in_place<S, VB>(bump, first(a).most_rows(), hidden, hidden_ld(a));
+    }
+  };
+
   static Plan plan(const Params& a) {
     Plan plan;
     const bool few = first(a).few();
@@ -156,31 +199,32 @@ struct Ffn {
     plan.tasks[1] = second(a).count();
     plan.flops = (few ? 2 : 4) * a.rows * a.channels * a.hidden;  // of a phase
     Bump bump(nullptr);
-    bump.take<S>(hidden_values(a));
+    Memory(bump, a);
     (few ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
     return plan;
   }
 
-  static void run(const Params& a, int phase, int64_t task, char* memory) {
+  static void run(const Params& a, int phase, int64_t task, char* scratch) {
     const bool few = first(a).few();
-    S* hidden = Bump(few ? a.workspace : memory).template take<S>(hidden_values(a));
-    if (phase == 0) expand(a, task, hidden);
-    if (phase == 1 || !few) contract(a, task, hidden);
+    Bump bump(few ? a.workspace : scratch);
+    const Memory memory(bump, a);
+    if (phase == 0) expand(a, task, memory);
+    if (phase == 1 || !few) contract(a, task, memory);
   }
 
-  static void expand(const Params& a, int64_t task, S* hidden) {
+  static void expand(const Params& a, int64_t task, const Memory& memory) {
     const LinearTasks all = first(a);
     linear_rows<VB, S>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
                        {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
-                       {a.bias1, nullptr, hidden, a.hidden, hidden_ld(a), true});
+                       {a.bias1, nullptr, memory.hidden, a.hidden, hidden_ld(a), true}, memory.first_pairs);
   }
 
-  static void contract(const Params& a, int64_t task, const S* hidden) {
+  static void contract(const Params& a, int64_t task, const Memory& memory) {
     const LinearTasks all = second(a);
     const int64_t at = all.first_row(task) * a.channels;
-    linear_rows<VB, S>(all.rows_of(task), {hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
+    linear_rows<VB, S>(all.rows_of(task), {memory.hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
                        all.first_column(task), all.end_column(task),
-                       {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false});
+                       {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false}, memory.second_pairs);
   }
 };
 

@@ -47,6 +47,21 @@ struct Mixer {
   }
   static int64_t group_rows(const Sizes& s) { return Groups<float, VB>(s).images * s.N; }
 
+  // What is projected, of a group, and what pairs need; of staged attention the latter alone, of a task.
+  struct Projected {
+    S* attended = nullptr;
+    PairedScratch pairs;
+    Projected(Bump& bump, const Params& a) {
+      const Sizes& s = a.attention.sizes;
+      if (!is_staged(a)) {
+        attended = bump.take<S>(group_rows(s) * s.C);
+        pairs = PairedScratch::in_place<S, VB>(bump, group_rows(s), attended, s.C);
+      } else if (!projection(a).few()) {
+        pairs = PairedScratch::take<S, VB>(bump, projection(a).most_rows(), s.C);
+      }
+    }
+  };
+
   static Plan plan(const Params& a) {
     const Sizes& s = a.attention.sizes;
     Plan plan = Attention::plan(a.attention);
@@ -58,9 +73,8 @@ struct Mixer {
       workspace.take<char>(plan.workspace_bytes);
       workspace.take<S>(s.B * s.N * s.C);
       plan.tasks[plan.phases++] = projection(a).count();
-    } else {
-      scratch.take<S>(group_rows(s) * s.C);
     }
+    Projected(scratch, a);
     plan.scratch_bytes = scratch.used();
     plan.workspace_bytes = workspace.used();
     return plan;
@@ -69,10 +83,11 @@ struct Mixer {
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Sizes& s = a.attention.sizes;
     const Plan attention = Attention::plan(a.attention);
-    const auto project = [&](int64_t first, int64_t rows, const S* attended, int64_t begin, int64_t end) {
+    const auto project = [&](int64_t first, int64_t rows, const S* attended, int64_t begin, int64_t end,
+                             const PairedScratch& pairs) {
       const int64_t at = first * s.C;
       linear_rows<VB, S>(rows, {attended, s.C, 1}, {a.weight, s.C, true}, begin, end,
-                         {a.bias, static_cast<const S*>(a.attention.x) + at, a.y + at, s.C, s.C, false});
+                         {a.bias, static_cast<const S*>(a.attention.x) + at, a.y + at, s.C, s.C, false}, pairs);
     };
     Bump scratch(memory);
     char* inner = scratch.take<char>(attention.scratch_bytes);
@@ -87,10 +102,11 @@ struct Mixer {
       parameter(all.qkv_bias, s.O());
     }
     if (!is_staged(a)) {
-      S* attended = scratch.take<S>(group_rows(s) * s.C);
-      const auto group = attention_of(all, task, attended);
+      const Projected projected(scratch, a);
+      const auto group = attention_of(all, task, projected.attended);
       Attention::run(group, phase, 0, inner);
-      project(Groups<float, VB>(s).begin(task) * s.N, group.sizes.B * s.N, attended, 0, s.C);
+      project(Groups<float, VB>(s).begin(task) * s.N, group.sizes.B * s.N, projected.attended, 0, s.C,
+              projected.pairs);
       return;
     }
     Bump workspace(a.workspace);
@@ -103,7 +119,7 @@ struct Mixer {
     const LinearTasks tasks = projection(a);
     const int64_t first = tasks.first_row(task);
     project(first, tasks.rows_of(task), static_cast<const S*>(all.y) + first * s.C, tasks.first_column(task),
-            tasks.end_column(task));
+            tasks.end_column(task), Projected(scratch, a).pairs);
   }
 };
 

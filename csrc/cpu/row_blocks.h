@@ -46,7 +46,7 @@ SHVIT_INLINE LinearFinish<T> into_rows(T* rows, int64_t columns, int64_t ld) {
 
 // A, M rows, times packed [K, ...], for its columns from `begin` to `end` (as gemm_packed wants them).
 template <class T, int VB, class A>
-__attribute__((noinline)) void product_of_packed(int64_t M, A a, PackedWeights<T> packed, int64_t begin,
+__attribute__((noinline)) void product_of_packed(int64_t M, A a, PackedRows<T> packed, int64_t begin,
                                                  int64_t end, LinearFinish<T> finish) {
   gemm_packed<T, VB, kTileRows<VB, true>>(M, a, packed, begin, end, finish);
 }

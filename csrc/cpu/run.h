@@ -35,6 +35,16 @@ inline const std::vector<const Variant*>& supported_variants() {
             return variant;
           }();
           found.push_back(&avx512_bf16);
+          if (__builtin_cpu_is("amd")) {  // Zen 4 and newer, which add beside their multiply-adds
+            static const Variant zen4 = [] {
+              Variant variant = avx512_bf16;
+              variant.name = "zen4";
+              variant.fused_float32 = kZen4Fused;
+              variant.mixer_float32 = kZen4Mixer;
+              return variant;
+            }();
+            found.push_back(&zen4);
+          }
         }
       }
     }

@@ -1,6 +1,6 @@
 """The operators of fused models: in plain PyTorch (the specification), and in C++ for float32 and bfloat16 on the CPU.
 
-Weights are packed: ``[ceil(outputs / 16), inputs, 16]``, the same on every instruction set and in every state dict.
+Weights are packed (``ops.pack``), the same on every instruction set and in every state dict.
 A sequence has those of several layers in one tensor, in the order in which they are read.
 Images are ``[B, C, H, W]``, channels_last inside a model.
 """

@@ -14,6 +14,9 @@ VARIANTS = ("baseline", "baseline_wide", "avx2", "avx2_wide", "avx512")
 """Every variant of the CPU kernels on x86; other processors have the first two."""
 FUSED_BFLOAT16_VARIANTS = (*VARIANTS, "avx512_bf16")
 """Those of fused models in bfloat16: in everything else the last one is avx512."""
+PROJECTION_VARIANTS = (*VARIANTS, "zen4")
+"""Those of fused models, and of the layer with its projection, in float32."""
+ALL_VARIANTS = (*FUSED_BFLOAT16_VARIANTS, "zen4")
 
 
 def compiler() -> str | None:

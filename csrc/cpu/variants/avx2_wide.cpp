@@ -5,6 +5,7 @@
 #include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 32)
+#define SHVIT_PAIRS 1  // so that they are tested everywhere
 
 #include "../kernels.h"
 #include "../target.h"

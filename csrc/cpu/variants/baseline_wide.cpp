@@ -4,6 +4,7 @@
 #include <utility>
 
 #define SHVIT_REGISTER_BYTES (16 * 16)
+#define SHVIT_PAIRS 1  // so that they are tested everywhere
 
 #include "../variant.h"
 
