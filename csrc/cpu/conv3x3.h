@@ -207,14 +207,20 @@ struct Conv3x3 {
   class Squares {
    public:
     static constexpr int64_t kMost = 28;
+    static constexpr int64_t kFewestPairedChannels = 48;  // so that sums are long enough for pairs
 
     struct Scratch {
       S *lines, *patch, *terms, *sums;
+      PairedScratch pairs[9];  // of the terms of each sum
       Scratch(const Params& a, Bump& bump)
           : lines(bump.take<S>(Lines::size(a))),
             patch(bump.take<S>(25 * a.channels)),
             terms(bump.take<S>(kMost * distance(a))),
-            sums(bump.take<S>(9 * kMost * kColumns)) {}
+            sums(bump.take<S>(9 * kMost * kColumns)) {
+        if (a.channels < kFewestPairedChannels) return;
+        for (int sum = 0; sum < 9; ++sum)
+          pairs[sum] = PairedScratch::in_place<S, VB>(bump, kMost, terms + first_term(a, sum), distance(a));
+      }
     };
 
     Squares(const Params& a, int64_t image, int64_t first, Rows* source, const Scratch& scratch)
@@ -235,6 +241,11 @@ struct Conv3x3 {
 
    private:
     static constexpr int64_t kColumns = 2 * kLanes<S, VB>;
+    // Those of a sum, among the terms of a square, and how many there are.
+    static int64_t first_term(const Params& a, int sum) {
+      return Winograd::first(sum / 3, sum % 3) * a.channels;
+    }
+    static int64_t terms(const Params& a, int sum) { return Winograd::terms(sum / 3, sum % 3) * a.channels; }
     // From the terms of a square to those of the next.
     static int64_t distance(const Params& a) { return row_distance<S>(Winograd::kAll * a.channels); }
 
@@ -316,7 +327,7 @@ struct Conv3x3 {
       S* sums;
 
       template <class V, int MR, int NV>
-      SHVIT_INLINE void operator()(int64_t first, V (&acc)[MR][NV]) const {
+      SHVIT_INLINE void operator()(int64_t first, int64_t, V (&acc)[MR][NV]) const {
         each_vector(acc, [&](V& v, int i, int j) SHVIT_INLINE_LAMBDA {
           store(sums + (first + i) * kColumns + j * kLanes<S, sizeof(V)>, v);
         });
@@ -324,29 +335,41 @@ struct Conv3x3 {
     };
 
     void multiply(int64_t first, int64_t M) const {
+      for (int sum = 0; sum < 9; ++sum) prepare_rows<VB, S>(M, terms(a_, sum), left(sum), scratch_.pairs[sum]);
       constexpr int64_t W = kLanes<S, VB>, kHalf = W == kPanel ? W / 2 : 0;
       int64_t n = columns<VB, 2>(first, M, 0, W + kHalf);
       n = columns<VB, 1>(first, M, n, kHalf);
       if constexpr (kHalf > 0) columns<VB / 2, 1>(first, M, n, 0);
     }
 
+    MatrixView<S> left(int sum) const { return {scratch_.terms + first_term(a_, sum), distance(a_), 1}; }
+
     // NV vectors of columns at a time from column `n` on, while more than `rest` are left; returns the next
     // column.
     template <int Bytes, int NV>
     int64_t columns(int64_t first, int64_t M, int64_t n, int64_t rest) const {
       constexpr int64_t W = kLanes<S, Bytes>;
-      const int64_t C = a_.channels;
-      const PackedWeights<S> weights{a_.weight, Winograd::kAll * C, true};
+      const PackedWeights<S> weights{a_.weight, Winograd::kAll * a_.channels, true};
       for (; a_.outputs - n > rest; n += NV * W) {
         for (int sum = 0; sum < 9; ++sum) {
           bring_results(first + M * sum / 9, first + M * (sum + 1) / 9, n, NV * W);
-          const int64_t at = Winograd::first(sum / 3, sum % 3), terms = Winograd::terms(sum / 3, sum % 3);
-          gemm_column<S, Bytes, NV, kTile>(
-              M, WholeRows<S>{{scratch_.terms + at * C, distance(a_), 1}, terms * C},
-              {weights.at(n) + at * C * kPanel, kPanel, weights.vectors(n, W).vector_stride},
-              SumsFinish{scratch_.sums + sum * kMost * kColumns}, weights.ahead(n, NV * W, at * C, terms * C));
+          const int64_t k = first_term(a_, sum), K = terms(a_, sum);
+          const VectorsView<S> b{weights.at(n) + k * kPanel, kPanel, weights.vectors(n, W).vector_stride};
+          const ScaledColumnsFrom<SumsFinish, S, W> finish{
+              {SumsFinish{scratch_.sums + sum * kMost * kColumns}, n}, weights.factors(n, W)};
+          const Ahead ahead = weights.ahead(n, NV * W, k, K);
+          if constexpr (kInPairs<S, VB>) {
+            const PairedScratch& pairs = scratch_.pairs[sum];
+            if (pairs.fits(M)) {
+              pairs.multiply<VB>(K, [&](const PairedRows& rows) SHVIT_INLINE_LAMBDA {
+                gemm_column<S, Bytes, NV, kPairedRows>(M, rows, b, finish, ahead);
+              });
+              continue;
+            }
+          }
+          gemm_column<S, Bytes, NV, kTile>(M, WholeRows<S>{left(sum), K}, b, finish, ahead);
         }
-        finish<Bytes, NV>(first, M, n, weights.factors(n, W));
+        this->template finish<Bytes, NV>(first, M, n);
       }
       return n;
     }
@@ -365,7 +388,7 @@ struct Conv3x3 {
     }
 
     template <int Bytes, int NV>
-    SHVIT_INLINE void finish(int64_t first, int64_t M, int64_t n, VectorsView<S> factors) const {
+    SHVIT_INLINE void finish(int64_t first, int64_t M, int64_t n) const {
       using V = Vec<S, Bytes>;
       constexpr int64_t W = kLanes<S, Bytes>;
       const int64_t width = halved(a_.width), height = halved(a_.height);
@@ -374,7 +397,6 @@ struct Conv3x3 {
         const bool whole = j < NV - 1 || last >= W;
         const S* b = a_.bias + n + j * W;
         const V bias = whole ? load<V>(b) : load_some<Bytes>(b, last);
-        const V factor = load<V>(factors.data + j * factors.vector_stride);
         for (int64_t i = 0; i < M; ++i) {
           const auto sum = [&](int k) SHVIT_INLINE_LAMBDA {
             return load<V>(scratch_.sums + (k * kMost + i) * kColumns + j * W);
@@ -382,7 +404,7 @@ struct Conv3x3 {
           const Place square = place_of(first + i);
           S* y = outputs(square) + n + j * W;
           const auto put = [&](S* to, V v) SHVIT_INLINE_LAMBDA {
-            v = v * factor + bias;
+            v += bias;
             if (a_.relu) v = max0(v);
             if (whole) {
               store(to, v);

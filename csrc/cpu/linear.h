@@ -91,19 +91,19 @@ struct LinearTasks {
   int64_t end_column(int64_t task) const { return few() ? min64(columns.n, (task + 1) * kColumns) : columns.n; }
 };
 
-// Rows of a product by packed weights, for a range of columns; in pairs, if there is scratch for it.
+// Rows of a product by packed weights, for a range of columns; in pairs, where `pairs` has prepared the rows.
 template <int VB, class S>
 __attribute__((noinline)) void linear_rows(int64_t M, MatrixView<S> x, PackedWeights<S> weight, int64_t begin,
-                                           int64_t end, LinearFinish<S> finish, const PairedScratch& scratch) {
+                                           int64_t end, LinearFinish<S> finish, const PairedScratch& pairs) {
   constexpr int W = kSumLanes<S, VB>, kRows = kTileRows<VB, true>;
   if constexpr (kInPairs<S, VB>) {
-    if (scratch.fits(M)) {
-      scratch.with_rows<VB>(
-          M, weight.rows, x,
-          [&](const PairedRows& rows) { gemm_packed<S, VB, kPairedRows>(M, rows, weight, begin, end, finish); },
-          [&](int64_t i, MatrixView<S> row) {
-            gemm_packed<S, VB, 1>(1, WholeRows<S>{row, weight.rows}, weight, begin, end, finish.from(i));
-          });
+    if (pairs.fits(M)) {
+      pairs.multiply<VB>(weight.rows, [&](const PairedRows& rows) SHVIT_INLINE_LAMBDA {
+        gemm_packed<S, VB, kPairedRows>(M, rows, weight, begin, end, finish);
+      });
+      pairs.each_infinite(M, [&](int64_t i, MatrixView<S> row) SHVIT_INLINE_LAMBDA {
+        gemm_packed<S, VB, 1>(1, WholeRows<S>{row, weight.rows}, weight, begin, end, finish.from(i));
+      });
       return;
     }
   }
@@ -156,6 +156,7 @@ struct Pointwise {
     }
     const int64_t begin = all.first_column(task), end = all.end_column(task);
     S* y = a.y + first * a.outputs;
+    prepare_rows<VB, S>(rows, K, {x, K, 1}, scratch.pairs);
     linear_rows<VB, S>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
                        {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu},
                        scratch.pairs);
@@ -184,22 +185,27 @@ struct Ffn {
   struct Memory {
     S* hidden;
     PairedScratch first_pairs, second_pairs;
-    Memory(Bump& bump, const Params& a) : hidden(bump.take<S>(hidden_values(a))) {
-      if (first(a).few()) return;
-      first_pairs = PairedScratch::take<S, VB>(bump, first(a).most_rows(), a.channels);
-      second_pairs = PairedScratch::in_place<S, VB>(bump, first(a).most_rows(), hidden, hidden_ld(a));
-    }
+    Memory(Bump& bump, const Params& a)
+        : hidden(bump.take<S>(hidden_values(a))),
+          first_pairs(PairedScratch::take<S, VB>(bump, first(a).most_rows(), a.channels)),
+          second_pairs(PairedScratch::in_place<S, VB>(bump, first(a).most_rows(), hidden, hidden_ld(a))) {}
   };
+
+  // Phases, where few rows are shared by tasks; otherwise the first product's task does everything.
+  static constexpr int kPrepare = 0, kExpand = 1, kPrepareHidden = 2, kContract = 3;
 
   static Plan plan(const Params& a) {
     Plan plan;
     const bool few = first(a).few();
-    plan.phases = few ? 2 : 1;
-    plan.tasks[0] = first(a).count();
-    plan.tasks[1] = second(a).count();
+    plan.phases = 4;
+    plan.tasks[kExpand] = first(a).count();
     plan.flops = (few ? 2 : 4) * a.rows * a.channels * a.hidden;  // of a phase
     Bump bump(nullptr);
-    Memory(bump, a);
+    const Memory memory(bump, a);
+    if (few) {
+      plan.tasks[kContract] = second(a).count();
+      plan.tasks[kPrepare] = plan.tasks[kPrepareHidden] = memory.first_pairs.fits(a.rows) ? 1 : 0;
+    }
     (few ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
     return plan;
   }
@@ -208,23 +214,23 @@ struct Ffn {
     const bool few = first(a).few();
     Bump bump(few ? a.workspace : scratch);
     const Memory memory(bump, a);
-    if (phase == 0) expand(a, task, memory);
-    if (phase == 1 || !few) contract(a, task, memory);
-  }
-
-  static void expand(const Params& a, int64_t task, const Memory& memory) {
-    const LinearTasks all = first(a);
-    linear_rows<VB, S>(all.rows_of(task), {a.x + all.first_row(task) * a.channels, a.channels, 1},
-                       {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
-                       {a.bias1, nullptr, memory.hidden, a.hidden, hidden_ld(a), true}, memory.first_pairs);
-  }
-
-  static void contract(const Params& a, int64_t task, const Memory& memory) {
-    const LinearTasks all = second(a);
-    const int64_t at = all.first_row(task) * a.channels;
-    linear_rows<VB, S>(all.rows_of(task), {memory.hidden, hidden_ld(a), 1}, {a.weight2, a.hidden, true},
-                       all.first_column(task), all.end_column(task),
-                       {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false}, memory.second_pairs);
+    const int64_t rows = few ? a.rows : first(a).rows_of(task);
+    const MatrixView<S> x{a.x + (few ? 0 : first(a).first_row(task)) * a.channels, a.channels, 1},
+        hidden{memory.hidden, hidden_ld(a), 1};
+    if (phase == kPrepare || !few) prepare_rows<VB, S>(rows, a.channels, x, memory.first_pairs);
+    if (phase == kExpand) {
+      const LinearTasks all = first(a);
+      linear_rows<VB, S>(rows, x, {a.weight1, a.channels, true}, all.first_column(task), all.end_column(task),
+                         {a.bias1, nullptr, memory.hidden, a.hidden, hidden_ld(a), true}, memory.first_pairs);
+    }
+    if (phase == kPrepareHidden || !few) prepare_rows<VB, S>(rows, a.hidden, hidden, memory.second_pairs);
+    if (phase == kContract || !few) {
+      const LinearTasks all = second(a);
+      const int64_t at = all.first_row(task) * a.channels;
+      linear_rows<VB, S>(rows, hidden, {a.weight2, a.hidden, true}, all.first_column(task),
+                         all.end_column(task), {a.bias2, a.x + at, a.y + at, a.channels, a.channels, false},
+                         memory.second_pairs);
+    }
   }
 };
 

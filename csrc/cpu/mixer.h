@@ -47,34 +47,39 @@ struct Mixer {
   }
   static int64_t group_rows(const Sizes& s) { return Groups<float, VB>(s).images * s.N; }
 
-  // What is projected, of a group, and what pairs need; of staged attention the latter alone, of a task.
+  // What is projected, of a group or of all images, and what pairs need.
   struct Projected {
-    S* attended = nullptr;
+    S* attended;
     PairedScratch pairs;
     Projected(Bump& bump, const Params& a) {
       const Sizes& s = a.attention.sizes;
-      if (!is_staged(a)) {
-        attended = bump.take<S>(group_rows(s) * s.C);
-        pairs = PairedScratch::in_place<S, VB>(bump, group_rows(s), attended, s.C);
-      } else if (!projection(a).few()) {
-        pairs = PairedScratch::take<S, VB>(bump, projection(a).most_rows(), s.C);
-      }
+      const int64_t rows = is_staged(a) ? s.B * s.N : group_rows(s);
+      attended = bump.take<S>(rows * s.C);
+      pairs = PairedScratch::in_place<S, VB>(bump, rows, attended, s.C);
     }
   };
 
+  // The last two phases of staged attention: few rows are prepared for all tasks at once.
+  static int prepare_phase(const Plan& attention) { return attention.phases; }
+  static int project_phase(const Plan& attention) { return attention.phases + 1; }
+
   static Plan plan(const Params& a) {
     const Sizes& s = a.attention.sizes;
-    Plan plan = Attention::plan(a.attention);
+    const Plan attention = Attention::plan(a.attention);
+    Plan plan = attention;
     Bump scratch(nullptr), workspace(nullptr);
-    scratch.take<char>(plan.scratch_bytes);
+    scratch.take<char>(attention.scratch_bytes);
     for (const int64_t n : {s.P, s.P, s.O() * s.P, s.O()}) in_float32<VB, S>(nullptr, n, scratch);
     plan.flops += 2 * s.B * s.N * s.C * s.C;
     if (is_staged(a)) {
-      workspace.take<char>(plan.workspace_bytes);
-      workspace.take<S>(s.B * s.N * s.C);
-      plan.tasks[plan.phases++] = projection(a).count();
+      workspace.take<char>(attention.workspace_bytes);
+      const bool prepares = Projected(workspace, a).pairs.fits(s.B * s.N) && projection(a).few();
+      plan.phases = attention.phases + 2;
+      plan.tasks[prepare_phase(attention)] = prepares ? 1 : 0;
+      plan.tasks[project_phase(attention)] = projection(a).count();
+    } else {
+      Projected(scratch, a);
     }
-    Projected(scratch, a);
     plan.scratch_bytes = scratch.used();
     plan.workspace_bytes = workspace.used();
     return plan;
@@ -83,12 +88,6 @@ struct Mixer {
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Sizes& s = a.attention.sizes;
     const Plan attention = Attention::plan(a.attention);
-    const auto project = [&](int64_t first, int64_t rows, const S* attended, int64_t begin, int64_t end,
-                             const PairedScratch& pairs) {
-      const int64_t at = first * s.C;
-      linear_rows<VB, S>(rows, {attended, s.C, 1}, {a.weight, s.C, true}, begin, end,
-                         {a.bias, static_cast<const S*>(a.attention.x) + at, a.y + at, s.C, s.C, false}, pairs);
-    };
     Bump scratch(memory);
     char* inner = scratch.take<char>(attention.scratch_bytes);
     shvit::ShsaForwardParams all = a.attention;
@@ -105,21 +104,36 @@ struct Mixer {
       const Projected projected(scratch, a);
       const auto group = attention_of(all, task, projected.attended);
       Attention::run(group, phase, 0, inner);
-      project(Groups<float, VB>(s).begin(task) * s.N, group.sizes.B * s.N, projected.attended, 0, s.C,
-              projected.pairs);
+      const int64_t rows = group.sizes.B * s.N;
+      prepare(rows, s.C, projected.attended, projected.pairs);
+      project(a, Groups<float, VB>(s).begin(task) * s.N, rows, projected.attended, 0, s.C, projected.pairs);
       return;
     }
     Bump workspace(a.workspace);
     all.workspace = workspace.take<char>(attention.workspace_bytes);
-    all.y = workspace.take<S>(s.B * s.N * s.C);
-    if (phase < attention.phases) {
-      Attention::run(all, phase, task, inner);
-      return;
+    const Projected projected(workspace, a);
+    all.y = projected.attended;
+    if (phase < attention.phases) Attention::run(all, phase, task, inner);
+    if (phase == prepare_phase(attention)) prepare(s.B * s.N, s.C, projected.attended, projected.pairs);
+    if (phase == project_phase(attention)) {
+      const LinearTasks tasks = projection(a);
+      const int64_t first = tasks.first_row(task), rows = tasks.rows_of(task);
+      const S* attended = projected.attended + first * s.C;
+      const PairedScratch pairs = projected.pairs.from(first);
+      if (!tasks.few()) prepare(rows, s.C, attended, pairs);
+      project(a, first, rows, attended, tasks.first_column(task), tasks.end_column(task), pairs);
     }
-    const LinearTasks tasks = projection(a);
-    const int64_t first = tasks.first_row(task);
-    project(first, tasks.rows_of(task), static_cast<const S*>(all.y) + first * s.C, tasks.first_column(task),
-            tasks.end_column(task), Projected(scratch, a).pairs);
+  }
+
+  static void prepare(int64_t rows, int64_t C, const S* attended, const PairedScratch& pairs) {
+    prepare_rows<VB, S>(rows, C, {attended, C, 1}, pairs);
+  }
+
+  static void project(const Params& a, int64_t first, int64_t rows, const S* attended, int64_t begin,
+                      int64_t end, const PairedScratch& pairs) {
+    const int64_t C = a.attention.sizes.C, at = first * C;
+    linear_rows<VB, S>(rows, {attended, C, 1}, {a.weight, C, true}, begin, end,
+                       {a.bias, static_cast<const S*>(a.attention.x) + at, a.y + at, C, C, false}, pairs);
   }
 };
 

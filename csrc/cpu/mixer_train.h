@@ -68,18 +68,6 @@ SHVIT_INLINE auto sum_of(F f) {
   }
 }
 
-template <class T, int VB>
-SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
-  if constexpr (VB > 16) {
-    const Halves<T, VB> halves(v);
-    return sum_lanes<T, VB / 2>(halves.low + halves.high);
-  } else {
-    T sum = v[0];
-    for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
-    return sum;
-  }
-}
-
 // Mean and sum of squared deviations of each column of n rows. `sums`: [3, C].
 template <int VB, class T>
 __attribute__((noinline)) void measure_columns(const ChannelMoments& moments, int64_t block, const T* rows,

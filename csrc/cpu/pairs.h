@@ -29,7 +29,7 @@ constexpr int64_t kPairedDepth = 6;
 constexpr int kPairedRows = 8;
 
 // Fewer rows do not make up for what is done once for each row and column.
-constexpr int64_t kFewestPairedRows = 24;
+constexpr int64_t kFewestPairedRows = 16;
 
 // A value in all lanes. By its bits: the broadcast of a float takes time from the adders.
 template <int VB>
@@ -87,22 +87,36 @@ class PairedScratch {
     }
   }
 
+  // The rows from `row` on.
+  PairedScratch from(int64_t row) const {
+    if (!rows_) return {};
+    return {rows_ + row * ld_, ld_, corrections_ + row, factors_ + row};
+  }
+
+  // Whether M rows are multiplied in pairs.
   bool fits(int64_t M) const { return rows_ && M >= kFewestPairedRows; }
 
-  // f(rows of A) for M rows of K values from x, then g(row of A) for each row that is not finite: of infinities
-  // the sums in pairs know nothing.
-  template <int VB, class F, class G>
-  void with_rows(int64_t M, int64_t K, MatrixView<float> x, F f, G g) const {
-    float column_corrections[2 * kLanes<float, VB>];
-    bool all_finite = true;
+  // Scales M rows of K values from x, before they are multiplied.
+  template <int VB>
+  void prepare(int64_t M, int64_t K, MatrixView<float> x) const {
     for (int64_t i = 0; i < M; ++i) {
-      factors_[i] = scale<VB>(x.data + i * x.row_stride, K, rows_ + i * ld_, all_finite);
+      factors_[i] = scale<VB>(x.data + i * x.row_stride, K, rows_ + i * ld_);
       corrections_[i] = correction<VB>(rows_ + i * ld_, K);
     }
+  }
+
+  // f(rows of A), K values each.
+  template <int VB, class F>
+  SHVIT_INLINE void multiply(int64_t K, F f) const {
+    float column_corrections[2 * kLanes<float, VB>];
     f(PairedRows{rows_, ld_, K, corrections_, factors_, column_corrections});
-    if (all_finite) return;
+  }
+
+  // f(row, its values) of M rows for those that are not finite: of infinities the sums in pairs know nothing.
+  template <class F>
+  SHVIT_INLINE void each_infinite(int64_t M, F f) const {
     for (int64_t i = 0; i < M; ++i)
-      if (factors_[i] == 0) g(i, MatrixView<float>{rows_ + i * ld_, ld_, 1});
+      if (factors_[i] == 0) f(i, MatrixView<float>{rows_ + i * ld_, ld_, 1});
   }
 
  private:
@@ -112,7 +126,7 @@ class PairedScratch {
   // to = x / factor, of magnitudes whose mean lies in [0.5, 1), as that of packed weights does. The factor is 0
   // and to = x where x is not finite.
   template <int VB>
-  static SHVIT_INLINE float scale(const float* x, int64_t K, float* to, bool& all_finite) {
+  static SHVIT_INLINE float scale(const float* x, int64_t K, float* to) {
     using V = Vec<float, VB>;
     using Bits = Vec<uint32_t, VB>;
     constexpr int W = kLanes<float, VB>;
@@ -137,7 +151,6 @@ class PairedScratch {
     const float inverse = power(254 - exponent);
     for (k = 0; k + W <= K; k += W) store(to + k, load<V>(x + k) * inverse);
     if (k < K) store_some<VB>(to + k, load_some<VB>(x + k, K - k) * inverse, K - k);
-    all_finite = all_finite && finite;
     return finite ? power(exponent) : 0;
   }
 
@@ -154,13 +167,14 @@ class PairedScratch {
       return signs;
     }();
     const int64_t end = K / kPairedDepth * kPairedDepth;
+    const auto products = [&](V first, V second, int64_t k) SHVIT_INLINE_LAMBDA {
+      return load<V>(kSigns.values + k % kPeriod) * (first * second);
+    };
     V sums{};
     int64_t k = 0;
-    for (; k + W < end; k += W)
-      sums += load<V>(kSigns.values + k % kPeriod) * (load<V>(row + k) * load<V>(row + k + 1));
-    float sum = static_cast<float>(horizontal_sum<float, VB>(sums));
-    for (k = ceil_div(k, 3) * 3; k < end; k += 3) sum += (k % 2 ? 1.0f : -1.0f) * (row[k] * row[k + 1]);
-    return sum;
+    for (; k + W < end; k += W) sums += products(load<V>(row + k), load<V>(row + k + 1), k);
+    if (k < end) sums += products(load_some<VB>(row + k, end - k), load_some<VB>(row + k + 1, end - k - 1), k);
+    return sum_lanes<float, VB>(sums);
   }
 
   float* rows_ = nullptr;
@@ -242,6 +256,13 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
       acc[i][j] = (acc[i][j] + (columns[j] + correction)) * (finish.template factor<V>(j) * factor);
   }
   finish.finish(first, acc);
+}
+
+template <int VB, class S>
+SHVIT_INLINE void prepare_rows(int64_t M, int64_t K, MatrixView<S> x, const PairedScratch& pairs) {
+  if constexpr (kInPairs<S, VB>) {
+    if (pairs.fits(M)) pairs.prepare<VB>(M, K, x);
+  }
 }
 
 }  // namespace

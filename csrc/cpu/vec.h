@@ -251,6 +251,18 @@ SHVIT_INLINE double horizontal_sum(Vec<T, VB> v) {
   return sum.sum();
 }
 
+template <class T, int VB>
+SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
+  if constexpr (VB > 16) {
+    const Halves<T, VB> halves(v);
+    return sum_lanes<T, VB / 2>(halves.low + halves.high);
+  } else {
+    T sum = v[0];
+    for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
+    return sum;
+  }
+}
+
 // exp(x) for x <= 0 or NaN, within an ulp; exactly 0 below the logarithm of the smallest normal number.
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) from its Taylor series.
 // Bits have no sign: exponents wrap below the lowest.
