@@ -15,13 +15,14 @@ struct MixerEval {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *attended, *packed;                        // image of P channels, the weight
+    T* attended;  // image of P channels
+    Projection<T, VB> projection;
     T *qkv_weight, *qkv_bias, *factor, *offset;  // folded: [O, P], [O], [C], [C]
     Workspace(void* base, const Params& a)
         : bump(base),
           attention(bump.take<char>(Attention::plan(a.attention).workspace_bytes)),
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(packed_values(a.attention))),
+          projection(bump, sizes(a), a.attention.channels_last),
           qkv_weight(bump.take<T>(sizes(a).O() * sizes(a).P)),
           qkv_bias(bump.take<T>(sizes(a).O())),
           factor(bump.take<T>(sizes(a).C)),
@@ -43,13 +44,18 @@ struct MixerEval {
     int64_t begin, end;
   };
 
-  // Of a block: what is projected, and in NCHW order the projection.
+  // Of a block: what is projected, and what pairs need for it; in NCHW order the projection, and factors of the
+  // tokens.
   struct Scratch {
-    T *y, *p;
+    T *y, *p, *factors;
+    PairedScratch pairs;
     Scratch(Bump& bump, const Params& a) {
-      const int64_t rows = a.attention.channels_last ? blocks_of(a).most_rows : sizes(a).C;
+      const bool in_rows = a.attention.channels_last;
+      const int64_t rows = in_rows ? blocks_of(a).most_rows : sizes(a).C;
       y = bump.take<T>(rows * ld(a));
-      p = bump.take<T>(a.attention.channels_last ? 0 : rows * ld(a));
+      p = bump.take<T>(in_rows ? 0 : rows * ld(a));
+      factors = bump.take<T>(in_rows ? 0 : ld(a));
+      if (in_rows) pairs = PairedScratch::in_place<T, VB>(bump, rows, y, ld(a));
     }
   };
 
@@ -63,7 +69,7 @@ struct MixerEval {
     plan.phases = 8;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = 1;
-    plan.tasks[kPack] = packed_panels(a.attention);
+    plan.tasks[kPack] = Projection<T, VB>::tasks(s, a.attention.channels_last);
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = blocks_of(a).count * panels_of(a).parts;
@@ -77,7 +83,9 @@ struct MixerEval {
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Workspace workspace(a.workspace, a);
     if (phase == 0) fold(a, workspace);
-    if (phase == kPack) pack(a, task, workspace);
+    if (phase == kPack)
+      workspace.projection.make(static_cast<const T*>(a.projection.weight), true, sizes(a),
+                                a.attention.channels_last, task, workspace.factor);
     if (phase >= kAttention && phase < kProject) {
       auto attention = a.attention;
       attention.qkv_weight = workspace.qkv_weight;
@@ -111,17 +119,6 @@ struct MixerEval {
     }
   }
 
-  // A panel of the folded weight.
-  static void pack(const Params& a, int64_t panel, const Workspace& workspace) {
-    const int64_t C = sizes(a).C, first = panel * kPanel;
-    pack_panel(static_cast<const T*>(a.projection.weight), true, C, panel, workspace.packed);
-    T factor[kPanel] = {};
-    for (int64_t i = 0; i < min64(kPanel, C - first); ++i) factor[i] = workspace.factor[first + i];
-    T* packed = workspace.packed + first * C;
-    for (int64_t k = 0; k < C; ++k)
-      for (int64_t i = 0; i < kPanel; ++i) packed[k * kPanel + i] *= factor[i];
-  }
-
   static void project_rows(const Params& a, int64_t block, const Channels& channels, const Scratch& scratch,
                            const Workspace& workspace) {
     const Sizes& s = sizes(a);
@@ -130,8 +127,8 @@ struct MixerEval {
     gather_rows<T, VB>(a.attention, blocks, block, workspace.attended, scratch.y, ld(a));
     const T* residual = a.residual ? static_cast<const T*>(a.attention.x) + at : nullptr;
     const LinearFinish<T> finish{workspace.offset, residual, static_cast<T*>(a.out) + at, s.C, s.C, false};
-    product_of_packed<T, VB>(blocks.rows(block), WholeRows<T>{{scratch.y, ld(a), 1}, s.C},
-                             {workspace.packed, s.C}, channels.begin, channels.end, finish);
+    project<T, VB>(blocks.rows(block), {scratch.y, ld(a), 1}, workspace.projection.right(s), channels.begin,
+                   channels.end, finish, scratch.pairs);
   }
 
   static void project_channels(const Params& a, int64_t block, const Channels& channels, const Scratch& scratch,
@@ -140,9 +137,14 @@ struct MixerEval {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(block), begin = channels.begin;
     gather_channels<T, VB>(a.attention, blocks, block, workspace.attended, scratch.y, ld(a));
-    const WholeRows<T> weight{{static_cast<const T*>(a.projection.weight) + begin * s.C, s.C, 1}, s.C};
-    product_of_columns<T, VB>(channels.end - begin, tokens, weight, scratch.y, ld(a),
-                              into_rows(scratch.p, tokens, ld(a)));
+    const LinearFinish<T> finish = into_rows(scratch.p, tokens, ld(a));
+    if (weight_in_pairs<T, VB>(s, false)) {
+      product_in_pairs<T, VB>(channels.end - begin, tokens, s.C, workspace.projection.pairs.from(begin),
+                              scratch.y, ld(a), finish, scratch.factors);
+    } else {
+      const WholeRows<T> weight{{static_cast<const T*>(a.projection.weight) + begin * s.C, s.C, 1}, s.C};
+      product_of_columns<T, VB>(channels.end - begin, tokens, weight, scratch.y, ld(a), finish);
+    }
     blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
       for (int64_t c = begin; c < channels.end; ++c)
         finish_channel(a, c, piece, scratch.p + (c - begin) * ld(a) + piece.row, workspace);

@@ -136,13 +136,15 @@ struct MixerTrainForward {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *attended, *packed, *factor;  // image of P channels, the weight, [C]
+    T* attended;  // image of P channels
+    Projection<T, VB> projection;
+    T* factor;  // [C]
     ChannelMoments channels;
     Workspace(void* base, const Params& a)
         : bump(base),
           attention(bump.take<char>(Attention::plan(attention_of(a)).workspace_bytes)),
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(packed_values(a.attention))),
+          projection(bump, sizes(a), a.attention.channels_last),
           factor(bump.take<T>(sizes(a).C)),
           channels{bump.take<double>(2 * blocks_of(a).count * sizes(a).C), sizes(a).C} {}
   };
@@ -157,13 +159,18 @@ struct MixerTrainForward {
   static int64_t ld(const Params& a) { return row_distance<T>(sizes(a).C); }
 
   struct Scratch {
-    T *y, *p, *sums;  // of a block: rows of channels, or channels of tokens and their projection; [3, C]
+    // Of a block: rows of channels, or channels of tokens, their projection and factors; [3, C].
+    T *y, *p, *factors, *sums;
+    PairedScratch pairs;  // of rows
     Scratch(Bump& bump, const Params& a) {
       const Sizes& s = sizes(a);
       const bool by_channel = !a.attention.channels_last;
-      y = bump.take<T>(by_channel ? s.C * block_distance<T, VB>(s) : blocks_of(a).most_rows * ld(a));
-      p = by_channel ? bump.take<T>(s.C * block_distance<T, VB>(s)) : nullptr;
+      const int64_t distance = block_distance<T, VB>(s), rows = blocks_of(a).most_rows;
+      y = bump.take<T>(by_channel ? s.C * distance : rows * ld(a));
+      p = bump.take<T>(by_channel ? s.C * distance : 0);
+      factors = bump.take<T>(by_channel ? distance : 0);
       sums = bump.take<T>(3 * s.C);
+      if (!by_channel) pairs = PairedScratch::in_place<T, VB>(bump, rows, y, ld(a));
     }
   };
 
@@ -177,7 +184,7 @@ struct MixerTrainForward {
     Plan plan;
     plan.phases = 9;
     plan.flops = attention.flops + 2 * s.B * s.N * s.C * s.C;
-    plan.tasks[0] = packed_panels(a.attention);
+    plan.tasks[0] = Projection<T, VB>::tasks(s, a.attention.channels_last);
     for (int phase = 0; phase < attention.phases; ++phase)
       plan.tasks[kAttention + phase] = attention.tasks[phase];
     plan.tasks[kProject] = plan.tasks[kNormalise] = blocks;
@@ -191,7 +198,9 @@ struct MixerTrainForward {
 
   static void run(const Params& a, int phase, int64_t task, char* memory) {
     const Workspace workspace(a.workspace, a);
-    if (phase == 0) pack_panel(static_cast<const T*>(a.proj_weight), true, sizes(a).C, task, workspace.packed);
+    if (phase == 0)
+      workspace.projection.make(static_cast<const T*>(a.proj_weight), true, sizes(a), a.attention.channels_last,
+                                task);
     if (phase >= kAttention && phase < kProject) {
       auto attention = attention_of(a);
       attention.y = workspace.attended;
@@ -211,8 +220,8 @@ struct MixerTrainForward {
     const int64_t first = blocks.first_row(task), rows = blocks.rows(task);
     gather_rows<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, ld(a));
     T* projected = static_cast<T*>(a.projected) + first * s.C;
-    product_of_packed<T, VB>(rows, WholeRows<T>{{scratch.y, ld(a), 1}, s.C}, {workspace.packed, s.C}, 0, s.C,
-                             into_rows(projected, s.C, s.C));
+    project<T, VB>(rows, {scratch.y, ld(a), 1}, workspace.projection.right(s), 0, s.C,
+                   into_rows(projected, s.C, s.C), scratch.pairs);
     measure_columns<VB>(workspace.channels, task, projected, rows, s.C, scratch.sums);
   }
 
@@ -222,8 +231,14 @@ struct MixerTrainForward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(task), distance = block_distance<T, VB>(s);
     gather_channels<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, distance);
-    product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
-                              scratch.y, distance, into_rows(scratch.p, tokens, distance));
+    const LinearFinish<T> finish = into_rows(scratch.p, tokens, distance);
+    if (weight_in_pairs<T, VB>(s, false)) {
+      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.y, distance, finish,
+                              scratch.factors);
+    } else {
+      product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
+                                scratch.y, distance, finish);
+    }
     measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
     blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
       T* projected = image_of(a, a.projected, piece.image, piece.token).data;
@@ -321,17 +336,18 @@ struct MixerTrainBackward {
   struct Workspace {
     Bump bump;
     char* attention;
-    T *attended, *dattended;             // images of P channels
-    T *packed, *factor, *shift, *slope;  // the weight, [C] each
-    T* dweights;                         // [parts - 1, C, C]: the first part is dproj_weight
-    double* partials;                    // [blocks, 2, C]: dbeta, dgamma
+    T *attended, *dattended;  // images of P channels
+    Projection<T, VB> projection;
+    T *factor, *shift, *slope;  // [C] each
+    T* dweights;                // [parts - 1, C, C]: the first part is dproj_weight
+    double* partials;           // [blocks, 2, C]: dbeta, dgamma
     Workspace(void* base, const Params& a)
         : bump(base),
           attention(bump.take<char>(max64(Forward::plan(forward_of(a)).workspace_bytes,
                                           Attention::plan(attention_of(a)).workspace_bytes))),
           attended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
           dattended(bump.take<T>(sizes(a).B * sizes(a).N * sizes(a).P)),
-          packed(bump.take<T>(packed_values(a.attention))),
+          projection(bump, sizes(a), a.attention.channels_last),
           factor(bump.take<T>(sizes(a).C)),
           shift(bump.take<T>(sizes(a).C)),
           slope(bump.take<T>(sizes(a).C)),
@@ -344,15 +360,23 @@ struct MixerTrainBackward {
     }
   };
 
-  // Of a block: dp, rows of channels or packed tokens; dy, rows of channels or channels of tokens; y, packed
-  // rows of channels.
+  // In NCHW order products are in pairs if it is worth it; with tokens in rows the corrections of the weight's
+  // columns, which are sums in float, would give all tokens the same error.
+  static bool in_pairs(const Params& a) { return weight_in_pairs<T, VB>(sizes(a), a.attention.channels_last); }
+
+  // Of a block: dp, rows of channels, packed tokens or (in pairs) channels of tokens; dy, rows of channels or
+  // channels of tokens; y, packed rows of channels. dp by channel, which dW needs in pairs.
   struct Scratch {
-    T *dp, *dy, *y;
+    T *dp, *dy, *y, *factors;
+    PairedScratch channels;
     Scratch(Bump& bump, const Params& a) {
-      const int64_t rows = blocks_of(a).most_rows * ld(a);
-      dp = bump.take<T>(rows);
-      dy = bump.take<T>(a.attention.channels_last ? rows : sizes(a).C * distance(a));
-      y = bump.take<T>(a.dproj_weight ? blocks_of(a).most_rows * round_up(sizes(a).C, kPanel) : 0);
+      const int64_t most = blocks_of(a).most_rows, values = most * ld(a), C = sizes(a).C;
+      const bool in_rows = a.attention.channels_last;
+      dp = bump.take<T>(in_rows || !in_pairs(a) ? values : C * distance(a));
+      dy = bump.take<T>(in_rows ? values : C * distance(a));
+      y = bump.take<T>(a.dproj_weight ? (most + 1) * round_up(C, kPanel) : 0);
+      factors = bump.take<T>(in_rows ? 0 : distance(a));
+      if (in_pairs(a) && a.dproj_weight) channels = PairedScratch::take<T, VB>(bump, C, most);
     }
   };
   static int64_t distance(const Params& a) {
@@ -396,7 +420,7 @@ struct MixerTrainBackward {
     plan.flops = forward.flops + attention.flops + 4 * s.B * s.N * s.C * s.C;
     plan.tasks[0] = blocks.count;
     plan.tasks[kTotal] = 1;
-    if (attends) plan.tasks[kPack] = packed_panels(a.attention);
+    if (attends) plan.tasks[kPack] = Projection<T, VB>::tasks(s, a.attention.channels_last);
     if (attends || weighs) plan.tasks[kProject] = parts(a).parts;
     if ((attends || weighs) && !attention_makes_y(a)) {
       for (int phase = 0; phase < forward.phases; ++phase) plan.tasks[kForward + phase] = forward.tasks[phase];
@@ -417,7 +441,8 @@ struct MixerTrainBackward {
     const Workspace workspace(a.workspace, a);
     if (phase == 0) sum_block(a, task, Bump(memory).take<T>(0), workspace);
     if (phase == kTotal) total_channels(a, workspace);
-    if (phase == kPack) pack_panel(typed(a.proj_weight), false, sizes(a).C, task, workspace.packed);
+    if (phase == kPack)
+      workspace.projection.make(typed(a.proj_weight), false, sizes(a), a.attention.channels_last, task);
     if (phase >= kForward && phase < kMakeY) {
       auto forward = forward_of(a);
       forward.y = workspace.attended;
@@ -525,8 +550,15 @@ struct MixerTrainBackward {
                             const Workspace& workspace) {
     if (a.attention.channels_last) {
       rows_through_norm(a, block, scratch.dp, workspace);
+    } else if (in_pairs(a)) {
+      channels_through_norm(a, block, scratch.dp, workspace);
     } else {
-      channels_through_norm(a, block, scratch.dy, scratch.dp, workspace);
+      tokens_through_norm(a, block, scratch.dy, scratch.dp, workspace);
+    }
+    if constexpr (kInPairs<T, VB>) {
+      if (in_pairs(a) && a.dproj_weight)  // before dp is scaled for dy
+        scratch.channels.template prepare<VB>(sizes(a).C, blocks_of(a).rows(block),
+                                              {scratch.dp, distance(a), 1});
     }
     if (needs_attention(a)) through_projection(a, block, scratch, workspace);
     if (a.dproj_weight) add_weight(a, block, part, scratch, workspace);
@@ -538,12 +570,15 @@ struct MixerTrainBackward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(block), rows = distance(a);
     const bool by_channel = !a.attention.channels_last;
-    if (by_channel) {
-      product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C}, {scratch.dp, s.C}, 0,
-                               tokens, into_rows(scratch.dy, tokens, rows));
+    const LinearFinish<T> finish = into_rows(scratch.dy, by_channel ? tokens : s.C, rows);
+    if (!by_channel) {
+      project<T, VB>(tokens, {scratch.dp, rows, 1}, workspace.projection.right(s), 0, s.C, finish, {});
+    } else if (in_pairs(a)) {
+      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.dp, rows, finish,
+                              scratch.factors);
     } else {
-      product_of_packed<T, VB>(tokens, WholeRows<T>{{scratch.dp, rows, 1}, s.C}, {workspace.packed, s.C}, 0,
-                               s.C, into_rows(scratch.dy, s.C, rows));
+      product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C},
+                               PackedRows<T>{scratch.dp, s.C}, 0, tokens, finish);
     }
     blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
       const ImageView<const T> dy{scratch.dy + piece.row * (by_channel ? 1 : rows), by_channel ? rows : 1,
@@ -558,23 +593,37 @@ struct MixerTrainBackward {
                          const Workspace& workspace) {
     const Sizes& s = sizes(a);
     const RowBlocks blocks = blocks_of(a);
-    const int64_t tokens = blocks.rows(block);
+    const int64_t tokens = blocks.rows(block), rows = in_pairs(a) ? tokens + 1 : tokens;  // of a panel
     blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
       const auto attended = image_view(static_cast<const T*>(workspace.attended), piece.image, s.P, s.N,
                                        a.attention.channels_last);
-      pack_rows<VB>(attended.at(0, piece.token), s.P, piece.n, scratch.y, tokens, piece.row, 0, Identity{});
+      pack_rows<VB>(attended.at(0, piece.token), s.P, piece.n, scratch.y, rows, piece.row, 0, Identity{});
       pack_rows<VB>(channels_of(a, a.attention.x1, piece.image, s.P, piece.token), s.C - s.P, piece.n,
-                    scratch.y, tokens, piece.row, s.P, Relu{});
+                    scratch.y, rows, piece.row, s.P, Relu{});
     });
     T* sum = workspace.dweight(a, part);
     const T* earlier = block == parts(a).begin(part) ? nullptr : sum;
     const LinearFinish<T> finish{nullptr, earlier, sum, s.C, s.C, false};
-    if (a.attention.channels_last) {
-      product_of_packed<T, VB>(s.C, WholeRows<T>{{scratch.dp, 1, ld(a)}, tokens}, {scratch.y, tokens}, 0, s.C,
-                               finish);
+    const PackedRows<T> y{scratch.y, tokens};
+    if (in_pairs(a)) {
+      add_weight_in_pairs(s.C, tokens, scratch, finish);
+    } else if (a.attention.channels_last) {
+      product_of_packed<T, VB>(s.C, WholeRows<T>{{scratch.dp, 1, ld(a)}, tokens}, y, 0, s.C, finish);
     } else {
-      product_of_packed<T, VB>(s.C, PackedTokens<T>{scratch.dp, s.C, tokens}, {scratch.y, tokens}, 0, s.C,
-                               finish);
+      product_of_packed<T, VB>(s.C, PackedTokens<T>{scratch.dp, s.C, tokens}, y, 0, s.C, finish);
+    }
+  }
+
+  static void add_weight_in_pairs(int64_t C, int64_t tokens, const Scratch& scratch, LinearFinish<T> finish) {
+    if constexpr (kInPairs<T, VB>) {
+      const PackedWeights<T> y{scratch.y, tokens};
+      for (int64_t c = 0; c < C; c += kPanel) {
+        T* panel = scratch.y + c / kPanel * y.panel();
+        scale_columns<VB>(panel, kPanel, tokens, kPanel, panel + tokens * kPanel);
+      }
+      scratch.channels.template multiply<VB>(tokens, [&](const PairedRows& dp) SHVIT_INLINE_LAMBDA {
+        gemm_packed<T, VB, kPairedRows>(C, dp, y, 0, C, finish);
+      });
     }
   }
 
@@ -594,22 +643,32 @@ struct MixerTrainBackward {
     }
   }
 
+  // dp of the channels of a block.
+  static void channels_through_norm(const Params& a, int64_t block, T* dp, const Workspace& workspace) {
+    for (int64_t c = 0; c < sizes(a).C; ++c)
+      blocks_of(a).pieces(block, [&](const RowBlocks::Piece& piece) {
+        channel_through_norm(a, piece, c, dp + c * distance(a) + piece.row, workspace);
+      });
+  }
+
   // dp of the packed tokens of a block; `rows` is scratch.
-  static void channels_through_norm(const Params& a, int64_t block, T* rows, T* dp,
-                                    const Workspace& workspace) {
-    const int64_t C = sizes(a).C;
-    pack_tokens(blocks_of(a), block, C, rows, dp,
-                [&](const RowBlocks::Piece& piece, int64_t c, T* to) SHVIT_INLINE_LAMBDA {
-                  const T *d = channels_of(a, a.dout, piece.image, c, piece.token).data,
-                          *p = channels_of(a, a.projected, piece.image, c, piece.token).data;
-                  prefetch(d + kPlanesAhead * sizes(a).N, piece.n);
-                  prefetch(p + kPlanesAhead * sizes(a).N, piece.n);
-                  const T mean = typed(a.proj_norm.mean)[c], factor = workspace.factor[c],
-                          shift = workspace.shift[c], slope = workspace.slope[c];
-                  make_row<VB>(to, piece.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
-                    return factor * (load_as(d + t, lane) - shift - (load_as(p + t, lane) - mean) * slope);
-                  });
-                });
+  static void tokens_through_norm(const Params& a, int64_t block, T* rows, T* dp, const Workspace& workspace) {
+    pack_tokens(blocks_of(a), block, sizes(a).C, rows, dp,
+                [&](const RowBlocks::Piece& piece, int64_t c, T* to)
+                    SHVIT_INLINE_LAMBDA { channel_through_norm(a, piece, c, to, workspace); });
+  }
+
+  static SHVIT_INLINE void channel_through_norm(const Params& a, const RowBlocks::Piece& piece, int64_t c,
+                                                T* dp, const Workspace& workspace) {
+    const T *d = channels_of(a, a.dout, piece.image, c, piece.token).data,
+            *p = channels_of(a, a.projected, piece.image, c, piece.token).data;
+    prefetch(d + kPlanesAhead * sizes(a).N, piece.n);
+    prefetch(p + kPlanesAhead * sizes(a).N, piece.n);
+    const T mean = typed(a.proj_norm.mean)[c], factor = workspace.factor[c], shift = workspace.shift[c],
+            slope = workspace.slope[c];
+    make_row<VB>(dp, piece.n, [&](auto lane, int64_t t) SHVIT_INLINE_LAMBDA {
+      return factor * (load_as(d + t, lane) - shift - (load_as(p + t, lane) - mean) * slope);
+    });
   }
 
   // An image in the order of x, from a channel and a token on.

@@ -39,11 +39,60 @@ SHVIT_INLINE Vec<float, VB> broadcast(const float* p) {
   return (Vec<float, VB>)(Vec<int32_t, VB>{} + bits);
 }
 
+template <class V>
+SHVIT_INLINE V magnitude_of(V v) {
+  return v < 0 ? -v : v;
+}
+
+// The power of two by which values of a mean magnitude are divided, so that it lies in [0.5, 1), as that of
+// packed weights does; 1 for zeros and what is infinite. Of a vector or a scalar.
+template <class V>
+struct Power {
+  V value, inverse;
+  bool infinite;  // of a scalar
+};
+template <class V>
+SHVIT_INLINE Power<V> power_near(V magnitude) {
+  using Bits = std::conditional_t<sizeof(V) == sizeof(float), uint32_t, Vec<uint32_t, sizeof(V)>>;
+  const auto bits_of = [](auto v) SHVIT_INLINE_LAMBDA {
+    Bits bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    return bits;
+  };
+  const auto value_of = [](Bits bits) SHVIT_INLINE_LAMBDA {
+    V v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+  };
+  const Bits one = Bits{} + 127u, largest = Bits{} + 253u;  // the inverse is a normal number too
+  Bits exponent = (bits_of(magnitude) >> 23) + 1u;
+  Power<V> power;
+  if constexpr (sizeof(V) == sizeof(float)) power.infinite = exponent > 255;
+  exponent = exponent > 255 ? one : exponent > largest ? largest : exponent == 1 ? one : exponent;
+  power.value = value_of(exponent << 23);
+  power.inverse = value_of((254 - exponent) << 23);
+  return power;
+}
+
+// Divides columns of B, n of them and the few more of their last vector, K values each, by powers of two.
+template <int VB>
+SHVIT_INLINE void scale_columns(float* rows, int64_t ld, int64_t K, int64_t n, float* factors) {
+  over_columns<float, VB>(n, [&](auto lanes, int64_t column) SHVIT_INLINE_LAMBDA {
+    using V = decltype(lanes);
+    float* at = rows + column;
+    V sums{};
+    for (int64_t k = 0; k < K; ++k) sums += magnitude_of(load<V>(at + k * ld));
+    const auto power = power_near(sums * (1.0f / static_cast<float>(K)));
+    for (int64_t k = 0; k < K; ++k) store(at + k * ld, load<V>(at + k * ld) * power.inverse);
+    store(factors + column, power.value);
+  });
+}
+
 // The left factor: rows divided by factors, which are powers of two, and what is added to the sums of each row.
 struct PairedRows {
   const float* data;
   int64_t ld, K;
-  const float *corrections, *factors;
+  const float *corrections, *rests, *factors;
   float* column_corrections;  // of the columns at work, made by their first tile
 
   template <int VB, int MR, int NV, bool Ends, class Finish, class S>
@@ -81,17 +130,20 @@ class PairedScratch {
   template <class T, int VB>
   static PairedScratch in_place(Bump& bump, int64_t M, T* rows, int64_t ld) {
     if constexpr (kInPairs<T, VB>) {
-      return {rows, ld, bump.take<T>(M), bump.take<T>(M)};
+      return {rows, ld, bump.take<T>(M), bump.take<T>(M), bump.take<T>(M)};
     } else {
       return {};
     }
   }
 
-  // The rows from `row` on.
-  PairedScratch from(int64_t row) const {
+  // The rows from row `i` on.
+  PairedScratch from(int64_t i) const {
     if (!rows_) return {};
-    return {rows_ + row * ld_, ld_, corrections_ + row, factors_ + row};
+    return {row(i), ld_, corrections_ + i, rests_ + i, factors_ + i};
   }
+
+  float* row(int64_t i) const { return rows_ + i * ld_; }
+  int64_t distance() const { return ld_; }
 
   // Whether M rows are multiplied in pairs.
   bool fits(int64_t M) const { return rows_ && M >= kFewestPairedRows; }
@@ -100,8 +152,10 @@ class PairedScratch {
   template <int VB>
   void prepare(int64_t M, int64_t K, MatrixView<float> x) const {
     for (int64_t i = 0; i < M; ++i) {
-      factors_[i] = scale<VB>(x.data + i * x.row_stride, K, rows_ + i * ld_);
-      corrections_[i] = correction<VB>(rows_ + i * ld_, K);
+      factors_[i] = scale<VB>(x.data + i * x.row_stride, K, row(i));
+      const double sum = correction<VB>(row(i), K);
+      corrections_[i] = static_cast<float>(sum);
+      rests_[i] = static_cast<float>(sum - static_cast<double>(corrections_[i]));
     }
   }
 
@@ -109,54 +163,39 @@ class PairedScratch {
   template <int VB, class F>
   SHVIT_INLINE void multiply(int64_t K, F f) const {
     float column_corrections[2 * kLanes<float, VB>];
-    f(PairedRows{rows_, ld_, K, corrections_, factors_, column_corrections});
+    f(PairedRows{rows_, ld_, K, corrections_, rests_, factors_, column_corrections});
   }
 
   // f(row, its values) of M rows for those that are not finite: of infinities the sums in pairs know nothing.
   template <class F>
   SHVIT_INLINE void each_infinite(int64_t M, F f) const {
     for (int64_t i = 0; i < M; ++i)
-      if (factors_[i] == 0) f(i, MatrixView<float>{rows_ + i * ld_, ld_, 1});
+      if (factors_[i] == 0) f(i, MatrixView<float>{row(i), ld_, 1});
   }
 
  private:
-  PairedScratch(float* rows, int64_t ld, float* corrections, float* factors)
-      : rows_(rows), ld_(ld), corrections_(corrections), factors_(factors) {}
+  PairedScratch(float* rows, int64_t ld, float* corrections, float* rests, float* factors)
+      : rows_(rows), ld_(ld), corrections_(corrections), rests_(rests), factors_(factors) {}
 
-  // to = x / factor, of magnitudes whose mean lies in [0.5, 1), as that of packed weights does. The factor is 0
-  // and to = x where x is not finite.
+  // to = x / factor. The factor is 0 and to = x where x is not finite.
   template <int VB>
   static SHVIT_INLINE float scale(const float* x, int64_t K, float* to) {
     using V = Vec<float, VB>;
-    using Bits = Vec<uint32_t, VB>;
     constexpr int W = kLanes<float, VB>;
-    constexpr uint32_t kMagnitude = 0x7fffffff, kLargest = 253;
     V sums{};
     int64_t k = 0;
-    for (; k + W <= K; k += W) sums += (V)((Bits)load<V>(x + k) & kMagnitude);
-    if (k < K) sums += (V)((Bits)load_some<VB>(x + k, K - k) & kMagnitude);
-    const float magnitude = static_cast<float>(horizontal_sum<float, VB>(sums) / static_cast<double>(K));
-    uint32_t bits;
-    __builtin_memcpy(&bits, &magnitude, sizeof bits);
-    uint32_t exponent = (bits >> 23) + 1;
-    const bool finite = exponent < 256;
-    if (exponent == 1 || !finite) exponent = 127;  // zeros stay as they are
-    if (exponent > kLargest) exponent = kLargest;  // so that the inverse is a normal number
-    const auto power = [](uint32_t biased) {
-      const uint32_t power_bits = biased << 23;
-      float value;
-      __builtin_memcpy(&value, &power_bits, sizeof value);
-      return value;
-    };
-    const float inverse = power(254 - exponent);
-    for (k = 0; k + W <= K; k += W) store(to + k, load<V>(x + k) * inverse);
-    if (k < K) store_some<VB>(to + k, load_some<VB>(x + k, K - k) * inverse, K - k);
-    return finite ? power(exponent) : 0;
+    for (; k + W <= K; k += W) sums += magnitude_of(load<V>(x + k));
+    if (k < K) sums += magnitude_of(load_some<VB>(x + k, K - k));
+    const auto power = power_near(static_cast<float>(horizontal_sum<float, VB>(sums) / static_cast<double>(K)));
+    for (k = 0; k + W <= K; k += W) store(to + k, load<V>(x + k) * power.inverse);
+    if (k < K) store_some<VB>(to + k, load_some<VB>(x + k, K - k) * power.inverse, K - k);
+    return power.infinite ? 0 : power.value;
   }
 
-  // Of the pairs of a row: minus the product of the first in every six, plus that of the second.
+  // Of the pairs of a row: minus the product of the first in every six, plus that of the second. In double:
+  // where rows are weights, an error would be the same for every token.
   template <int VB>
-  static SHVIT_INLINE float correction(const float* row, int64_t K) {
+  static SHVIT_INLINE double correction(const float* row, int64_t K) {
     using V = Vec<float, VB>;
     constexpr int W = kLanes<float, VB>, kPeriod = 3 * W;
     constexpr auto kSigns = [] {
@@ -167,19 +206,21 @@ class PairedScratch {
       return signs;
     }();
     const int64_t end = K / kPairedDepth * kPairedDepth;
-    const auto products = [&](V first, V second, int64_t k) SHVIT_INLINE_LAMBDA {
-      return load<V>(kSigns.values + k % kPeriod) * (first * second);
+    WideSum<float, VB> sum;
+    const auto add = [&](V first, V second, int64_t k) SHVIT_INLINE_LAMBDA {
+      const V sign = load<V>(kSigns.values + k % kPeriod), product = first * second;
+      sum.add(sign * product);
+      sum.add(sign * (first * second - product));  // what rounding took, with a multiply-add
     };
-    V sums{};
     int64_t k = 0;
-    for (; k + W < end; k += W) sums += products(load<V>(row + k), load<V>(row + k + 1), k);
-    if (k < end) sums += products(load_some<VB>(row + k, end - k), load_some<VB>(row + k + 1, end - k - 1), k);
-    return sum_lanes<float, VB>(sums);
+    for (; k + W < end; k += W) add(load<V>(row + k), load<V>(row + k + 1), k);
+    if (k < end) add(load_some<VB>(row + k, end - k), load_some<VB>(row + k + 1, end - k - 1), k);
+    return sum.sum();
   }
 
   float* rows_ = nullptr;
   int64_t ld_ = 0;
-  float *corrections_ = nullptr, *factors_ = nullptr;
+  float *corrections_ = nullptr, *rests_ = nullptr, *factors_ = nullptr;
 };
 
 template <int VB, int MR, int NV, bool Ends, bool First, class Finish, class S>
@@ -250,10 +291,10 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
   }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
-    const float correction = corrections[first + i], factor = factors[first + i];
+    const float correction = corrections[first + i], rest = rests[first + i], factor = factors[first + i];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j)
-      acc[i][j] = (acc[i][j] + (columns[j] + correction)) * (finish.template factor<V>(j) * factor);
+      acc[i][j] = (acc[i][j] + (columns[j] + correction) + rest) * (finish.template factor<V>(j) * factor);
   }
   finish.finish(first, acc);
 }

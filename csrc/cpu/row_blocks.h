@@ -52,25 +52,53 @@ __attribute__((noinline)) void product_of_packed(int64_t M, A a, PackedRows<T> p
 }
 
 // Columns of A times rows, NV vectors at a time from column `n` on, while more than `rest` columns are left;
-// returns the next column.
+// returns the next column. Those of rows in pairs have factors.
 template <class T, int VB, int MR, int NV, class A, class Finish>
 SHVIT_INLINE int64_t columns_of_rows(int64_t M, A a, const T* rows, int64_t ld, int64_t n, int64_t columns,
-                                     int64_t rest, Finish finish) {
+                                     int64_t rest, Finish finish, const T* factors) {
   constexpr int64_t W = kLanes<T, VB>;
-  for (; columns - n > rest; n += NV * W)
-    gemm_column<T, VB, NV, MR>(M, a, {rows + n, ld, W}, ColumnsFrom<Finish, W>{finish, n});
+  for (; columns - n > rest; n += NV * W) {
+    const ColumnsFrom<Finish, W> from{finish, n};
+    if constexpr (std::is_same_v<A, PairedRows>) {
+      gemm_column<T, VB, NV, MR>(M, a, {rows + n, ld, W},
+                                 ScaledColumnsFrom<Finish, T, W>{from, {factors + n, 0, W}});
+    } else {
+      gemm_column<T, VB, NV, MR>(M, a, {rows + n, ld, W}, from);
+    }
+  }
   return n;
 }
 
 // A, M rows, times rows [K, columns], which are read where they are, up to a whole kColumnStep.
 template <class T, int VB, class A, class Finish>
 __attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, A a, const T* rows, int64_t ld,
-                                                  Finish finish) {
-  constexpr int MR = kTileRows<VB, true>;
+                                                  Finish finish, const T* factors = nullptr) {
+  constexpr int MR = std::is_same_v<A, PairedRows> ? kPairedRows : kTileRows<VB, true>;
   constexpr int64_t W = kLanes<T, VB>, kStep = kColumnStep<T, VB>, kHalf = W - kStep;
-  int64_t n = columns_of_rows<T, VB, MR, 2>(M, a, rows, ld, 0, columns, W + kHalf, finish);
-  n = columns_of_rows<T, VB, MR, 1>(M, a, rows, ld, n, columns, kHalf, finish);
-  if constexpr (kHalf > 0) columns_of_rows<T, VB / 2, MR, 1>(M, a, rows, ld, n, columns, 0, finish);
+  int64_t n = columns_of_rows<T, VB, MR, 2>(M, a, rows, ld, 0, columns, W + kHalf, finish, factors);
+  n = columns_of_rows<T, VB, MR, 1>(M, a, rows, ld, n, columns, kHalf, finish, factors);
+  if constexpr (kHalf > 0) columns_of_rows<T, VB / 2, MR, 1>(M, a, rows, ld, n, columns, 0, finish, factors);
+}
+
+// The same in pairs: of prepared rows, and columns that are scaled where they are. `factors`: scratch,
+// [columns].
+template <class T, int VB>
+SHVIT_INLINE void product_in_pairs(int64_t M, int64_t columns, int64_t K, const PairedScratch& pairs, T* rows,
+                                   int64_t ld, LinearFinish<T> finish, T* factors) {
+  if constexpr (kInPairs<T, VB>) {
+    scale_columns<VB>(rows, ld, K, columns, factors);
+    pairs.multiply<VB>(K, [&](const PairedRows& left) SHVIT_INLINE_LAMBDA {
+      product_of_columns<T, VB>(M, columns, left, rows, ld, finish, factors);
+    });
+  }
+}
+
+// The layer's products in NCHW order are in pairs where enough tokens make up for the weight's preparation in
+// each call.
+constexpr int64_t kFewestPairedTokens = 128;
+template <class T, int VB>
+SHVIT_INLINE bool weight_in_pairs(const Sizes& s, bool channels_last) {
+  return kInPairs<T, VB> && !channels_last && s.B * s.N >= kFewestPairedTokens;
 }
 
 // From one channel to the next, in a block of tokens side by side.
@@ -79,26 +107,58 @@ SHVIT_INLINE int64_t block_distance(const Sizes& s) {
   return row_distance<T>(RowBlocks(s, false).most_rows);
 }
 
-// Panels of the packed projection [C, C], and their values. In NCHW order it is the left factor, not packed.
-template <class Attention>
-SHVIT_INLINE int64_t packed_panels(const Attention& a) {
-  return a.channels_last && a.sizes.B > 0 ? ceil_div(a.sizes.C, kPanel) : 0;
-}
-template <class Attention>
-SHVIT_INLINE int64_t packed_values(const Attention& a) {
-  return packed_panels(a) * kPanel * a.sizes.C;
-}
+// The projection [C, C], as the products of the layer want it: packed for tokens in rows; in NCHW order it is
+// the left factor, prepared for pairs or left where it is.
+template <class T, int VB>
+struct Projection {
+  using PackedType = Packed<T, kInPairs<T, VB>>;
+  T* packed;
+  PairedScratch pairs;
 
-// Panel `panel` of packed B[C, C] = W^T, or W itself.
-template <class T>
-SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_t panel, T* packed) {
-  const int64_t first = panel * kPanel, n = min64(kPanel, C - first);
-  T* to = packed + first * C;
-  if (n < kPanel)
-    for (int64_t i = 0; i < C * kPanel; ++i) to[i] = 0;
-  if (transposed) {
-    transpose(weight + first * C, C, n, C, to, kPanel);
-  } else {
+  Projection(Bump& bump, const Sizes& s, bool channels_last)
+      : packed(bump.take<T>(channels_last ? panels(s) * panel(s) : 0)) {
+    if (weight_in_pairs<T, VB>(s, channels_last)) pairs = PairedScratch::take<T, VB>(bump, s.C, s.C);
+  }
+
+  static int64_t panels(const Sizes& s) { return ceil_div(s.C, kPanel); }
+  static int64_t panel(const Sizes& s) { return PackedType{nullptr, s.C}.panel(); }
+  // Tasks that make it, kPanel outputs each.
+  static int64_t tasks(const Sizes& s, bool channels_last) {
+    return s.B > 0 && (channels_last || weight_in_pairs<T, VB>(s, channels_last)) ? panels(s) : 0;
+  }
+
+  PackedType right(const Sizes& s) const { return {packed, s.C}; }
+
+  // B = W^T, or W itself, with columns times `factor`; or A = W, or W^T.
+  void make(const T* weight, bool transposed, const Sizes& s, bool channels_last, int64_t task,
+            const T* factor = nullptr) const {
+    const int64_t C = s.C, first = task * kPanel, n = min64(kPanel, C - first);
+    if (channels_last) {
+      T* to = packed + task * panel(s);
+      pack_panel(weight, transposed, C, first, n, to);
+      if (factor) {
+        for (int64_t k = 0; k < C; ++k)
+          for (int64_t i = 0; i < n; ++i) to[k * kPanel + i] *= factor[first + i];
+      }
+      if constexpr (kInPairs<T, VB>) scale_columns<VB>(to, kPanel, C, kPanel, to + C * kPanel);
+    } else if constexpr (kInPairs<T, VB>) {
+      const PairedScratch rows = pairs.from(first);
+      if (transposed) {
+        rows.template prepare<VB>(n, C, {weight + first * C, C, 1});
+      } else {
+        transpose(weight + first, C, C, n, rows.row(0), rows.distance());
+        rows.template prepare<VB>(n, C, {rows.row(0), rows.distance(), 1});
+      }
+    }
+  }
+
+ private:
+  static void pack_panel(const T* weight, bool transposed, int64_t C, int64_t first, int64_t n, T* to) {
+    if (n < kPanel) fill(to, C * kPanel, T(0));
+    if (transposed) {
+      transpose(weight + first * C, C, n, C, to, kPanel);
+      return;
+    }
     for (int64_t k = 0; k < C; ++k) {
       if (n == kPanel) {
         __builtin_memcpy(to + k * kPanel, weight + k * C + first, kPanel * sizeof(T));
@@ -107,10 +167,22 @@ SHVIT_INLINE void pack_panel(const T* weight, bool transposed, int64_t C, int64_
       }
     }
   }
+};
+
+// Rows of tokens times the packed projection; `pairs`: of the rows, where they are.
+template <class T, int VB>
+SHVIT_INLINE void project(int64_t M, MatrixView<T> rows, Packed<T, kInPairs<T, VB>> weight, int64_t begin,
+                          int64_t end, LinearFinish<T> finish, const PairedScratch& pairs) {
+  if constexpr (kInPairs<T, VB>) {
+    prepare_rows<VB, T>(M, weight.rows, rows, pairs);
+    linear_rows<VB, T>(M, rows, weight, begin, end, finish, pairs);
+  } else {
+    product_of_packed<T, VB>(M, WholeRows<T>{rows, weight.rows}, weight, begin, end, finish);
+  }
 }
 
-// Rows [rows, ...] packed like weights: f of n tokens of an image, from row `row` on, are their channels from
-// `first` on.
+// Rows packed like weights, panels of `rows` rows: f of n tokens of an image, from row `row` on, are their
+// channels from `first` on.
 template <int VB, class T, class F>
 SHVIT_INLINE void pack_rows(ImageView<const T> x, int64_t channels, int64_t n, T* packed, int64_t rows,
                             int64_t row, int64_t first, F f) {
