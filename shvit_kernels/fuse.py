@@ -517,7 +517,9 @@ def fuse(model: nn.Module) -> FusedModel | FusedLayers:
 
     In float32 the 3x3 convolutions of the stem, from 16 channels on, are computed by Winograd's minimal filtering, with
     25 multiplications where the definition has 36. That rounds differently, and where an infinity is read the result
-    may be NaN.
+    may be NaN. On AMD's cores from Zen 4 on, whose adders work beside their multiply-adds, large float32 products are
+    in pairs (S. Winograd, "A New Algorithm for Inner Product", 1968): a third of the multiplications become additions,
+    and a value is exact to the size of its token and of its output's weights, not to that of each single product.
 
     bfloat16 (``fuse(model).to(torch.bfloat16)``, and images of that type) is faster than float32 on processors with
     AVX512_BF16 and slower on others; sums are float32, what lies between the layers is rounded.

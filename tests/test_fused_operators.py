@@ -427,7 +427,7 @@ def test_images_without_pixels_are_refused_by_the_bare_operators():
 def test_the_weights_of_a_sequence_may_be_several_tensors():
     call = SMALL[-1].call()
     (weights,), layers, constants = SMALL[-1].arguments(call.inputs)
-    stem = 27 * 32 + 32
+    stem = (27 + 1) * 32 + 32
     given = [weights[:stem], weights[stem:]], layers, constants
     for operators in (fused.NATIVE, fused.SPECIFICATION):
         expected = operators.sequence(call.inputs["x"], [weights], layers, constants)

@@ -80,9 +80,10 @@ SHVIT_INLINE void scale_columns(float* rows, int64_t ld, int64_t K, int64_t n, f
   over_columns<float, VB>(n, [&](auto lanes, int64_t column) SHVIT_INLINE_LAMBDA {
     using V = decltype(lanes);
     float* at = rows + column;
-    V sums{};
-    for (int64_t k = 0; k < K; ++k) sums += magnitude_of(load<V>(at + k * ld));
-    const auto power = power_near(sums * (1.0f / static_cast<float>(K)));
+    const float share = 1.0f / static_cast<float>(K);
+    V mean{};
+    for (int64_t k = 0; k < K; ++k) mean += magnitude_of(load<V>(at + k * ld)) * share;
+    const auto power = power_near(mean);
     for (int64_t k = 0; k < K; ++k) store(at + k * ld, load<V>(at + k * ld) * power.inverse);
     store(factors + column, power.value);
   });
@@ -182,11 +183,12 @@ class PairedScratch {
   static SHVIT_INLINE float scale(const float* x, int64_t K, float* to) {
     using V = Vec<float, VB>;
     constexpr int W = kLanes<float, VB>;
-    V sums{};
+    const float share = 1.0f / static_cast<float>(K);
+    V mean{};
     int64_t k = 0;
-    for (; k + W <= K; k += W) sums += magnitude_of(load<V>(x + k));
-    if (k < K) sums += magnitude_of(load_some<VB>(x + k, K - k));
-    const auto power = power_near(static_cast<float>(horizontal_sum<float, VB>(sums) / static_cast<double>(K)));
+    for (; k + W <= K; k += W) mean += magnitude_of(load<V>(x + k)) * share;
+    if (k < K) mean += magnitude_of(load_some<VB>(x + k, K - k)) * share;
+    const auto power = power_near(static_cast<float>(horizontal_sum<float, VB>(mean)));
     for (k = 0; k + W <= K; k += W) store(to + k, load<V>(x + k) * power.inverse);
     if (k < K) store_some<VB>(to + k, load_some<VB>(x + k, K - k) * power.inverse, K - k);
     return power.infinite ? 0 : power.value;

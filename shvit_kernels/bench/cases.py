@@ -178,8 +178,9 @@ class Case:
     """Of the input: images, channels, height, width."""
     dtype: torch.dtype
     flops: int
-    """Floating-point operations of one call, by the definition of its layers, also where Winograd's filtering saves
-    some; a training step counts three times the forward."""
+    """Floating-point operations of one call, by the definition of its layers, also where Winograd's filtering and
+    products in pairs save some, so that more than the peak of multiply-adds can be reached; a training step counts three
+    times the forward."""
     module: Callable[[], nn.Module]
     """Makes ours, in float32 on the CPU."""
 

@@ -16,6 +16,8 @@ FUSED_BFLOAT16_VARIANTS = (*VARIANTS, "avx512_bf16")
 """Those of fused models in bfloat16: in everything else the last one is avx512."""
 PROJECTION_VARIANTS = (*VARIANTS, "zen4")
 """Those of fused models, and of the layer with its projection, in float32."""
+PAIRED_VARIANTS = ("baseline_wide", "avx2_wide", "zen4")
+"""Those whose products of float32 are in pairs (csrc/cpu/pairs.h)."""
 ALL_VARIANTS = (*FUSED_BFLOAT16_VARIANTS, "zen4")
 
 
