@@ -103,6 +103,8 @@ def is_group_norm1(module: nn.Module) -> bool:
         is_timm = cls.__name__ == "GroupNorm1" and cls.__module__.startswith("timm.layers")
         if not (isinstance(module, nn.GroupNorm) and (is_timm or cls.forward is nn.GroupNorm.forward)):
             return False
+        if hasattr(cls, "weight") or hasattr(cls, "bias"):  # which stand before the parameters of these names
+            return False
     return module.num_groups == 1 and module.affine and is_plain(module)
 
 
@@ -296,8 +298,10 @@ class SHSA(nn.Module):
         return x + self(x)
 
     def _child(self, name: str) -> nn.Module | None:
-        """``nn.Module.__getattr__`` would take a microsecond."""
-        return self._modules.get(name)
+        """``getattr``, without the microsecond of ``nn.Module.__getattr__`` where nothing stands before it."""
+        if type(self) is SHSA and name not in self.__dict__:
+            return self._modules.get(name)
+        return getattr(self, name)
 
     def _run(self, x: Tensor, residual: bool) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]:

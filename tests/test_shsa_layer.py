@@ -540,6 +540,37 @@ def test_forward_set_on_an_instance_is_called():
     assert_same(*pair(change=change))
 
 
+def by_property(layer: nn.Module, name: str, module: nn.Module) -> None:
+    layer.__class__ = type("Overriding", (type(layer),), {name: property(lambda self: module)})
+
+
+def by_attribute(layer: nn.Module, name: str, module: nn.Module) -> None:
+    layer.__dict__[name] = module
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["pre_norm", "qkv", "proj"])
+@pytest.mark.parametrize("override", [by_property, by_attribute])
+def test_submodules_that_a_subclass_or_an_instance_overrides(override, name, mode):
+    results = []
+    for layer in pair():
+        other = copy.deepcopy(layer._modules[name])
+        for parameter in other.parameters():
+            parameter.data.mul_(2).add_(0.1)
+        override(layer, name, other)
+        results.append({"y": layer.train(mode)(features()).detach()})
+    assert_close(*results)
+
+
+def test_parameters_that_a_subclass_overrides():
+    class AroundOne(nn.GroupNorm):
+        weight = property(lambda self: self._parameters["weight"] + 1)
+
+    assert_same(
+        *pair(norm_layer=partial(nn.GroupNorm, 1), change=lambda layer: setattr(layer.pre_norm, "__class__", AroundOne))
+    )
+
+
 def test_more_modules_in_the_projection():
     def change(layer: nn.Module) -> None:
         layer.proj.append(nn.Tanh())
