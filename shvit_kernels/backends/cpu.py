@@ -35,11 +35,12 @@ def mixer_train(x: Tensor, *rest) -> Tensor:
     if x.dtype not in MIXER_DTYPES:
         return eager.mixer_train_after(shsa_train, x, *rest)
     x = ops.readable(x)
+    differentiated = operators.tracks_gradients(x, *rest[:8])
+    if differentiated:
+        operators.check_reverse_mode("mixer_train", x, *rest[:8])
     with torch.no_grad():
         out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
-    if operators.tracks_gradients(x, *rest[:8]):
-        return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8])
-    return out
+    return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8]) if differentiated else out
 
 
 def mixer_eval(x: Tensor, *rest) -> Tensor:

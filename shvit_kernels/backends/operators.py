@@ -30,6 +30,22 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_reverse_mode(function: str, *tensors: Tensor | None) -> None:
+    """Refuse what an autograd function would, before an operator changes anything in place.
+
+    Raises:
+        NotImplementedError: if a tensor has a tangent or a transform of ``torch.func`` is active.
+    """
+    forward_mode = forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if forward_mode or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"shvit_kernels.{function} has no derivatives in forward mode and none under torch.func with this backend; "
+            "run the forward under shvit_kernels.use_backend('eager')"
+        )
+
+
 def functions(family: str) -> Functions:
     """The functions on the operators of a family: through autograd only where a gradient may be asked for."""
     operators = ops.FAMILIES[family]
