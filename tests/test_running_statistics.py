@@ -76,6 +76,17 @@ def test_a_batch_without_values_is_only_counted(backend, momentum):
     assert [norm.running_mean.tolist(), norm.running_var.tolist()] == [t.tolist() for t in before]
 
 
+@pytest.mark.parametrize("momentum", [1.0, None])
+def test_a_share_of_one_leaves_nothing_of_large_values(backend, momentum):
+    norm = nn.BatchNorm2d(5, momentum=momentum, device=device_of(backend))
+    norm.running_mean.fill_(1e17)
+    norm.running_var.fill_(1e17)
+    values = 3 + 2 * torch.randn(49, 5, device=device_of(backend))
+    update(backend, norm, values)
+    torch.testing.assert_close(norm.running_mean, values.mean(0), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(norm.running_var, values.var(0), rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_statistics_of_another_type(backend, dtype):
     """A model in half precision keeps its running statistics in it; the batch's are measured in float32."""

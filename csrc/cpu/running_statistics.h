@@ -58,8 +58,10 @@ class RunningStatistics {
   static void move_values(const Tensor& running, const T* batch, double share, double factor) {
     S* values = static_cast<S*>(running.mutable_data_ptr());
     for (int64_t o = 0; o < running.numel(); ++o) {
-      const double old = static_cast<double>(values[o]);
-      values[o] = static_cast<S>(old + share * (static_cast<double>(batch[o]) * factor - old));
+      const double old = static_cast<double>(values[o]), aim = static_cast<double>(batch[o]) * factor;
+      // From the nearer end, so that a share of one leaves nothing of a large old value.
+      const double moved = share < 0.5 ? old + share * (aim - old) : aim - (1 - share) * (aim - old);
+      values[o] = static_cast<S>(moved);
     }
   }
 
