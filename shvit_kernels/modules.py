@@ -149,7 +149,10 @@ def _buffer(bn: nn.Module, name: str) -> Tensor | None:
 
 def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance."""
-    return _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    mean, variance = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    if (mean is None) != (variance is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    return mean, variance
 
 
 def _norm(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
@@ -226,8 +229,7 @@ def _track(
     """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does."""
     _check_count(count, size)
     *running, momentum = _tracked(bn)
-    if running[0] is not None:
-        backend.update_running_statistics(*running, mean, variance, count, momentum)
+    backend.update_running_statistics(*running, mean, variance, count, momentum)
 
 
 class SHSA(nn.Module):

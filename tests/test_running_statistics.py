@@ -65,6 +65,18 @@ def test_batches_need_not_be_counted(backend, momentum):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_are_counted_without_statistics(backend, momentum):
+    device = device_of(backend)
+    ours, stock = (nn.BatchNorm2d(5, momentum=momentum, device=device) for _ in range(2))
+    for norm in (ours, stock):
+        norm.running_mean = norm.running_var = None
+    values = torch.randn(49, 5, device=device)
+    update(backend, ours, values)
+    stock(values.t()[None, :, :, None])
+    assert ours.num_batches_tracked == stock.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_batch_without_values_is_only_counted(backend, momentum):
     device = device_of(backend)
     norm = nn.BatchNorm2d(5, momentum=momentum, device=device)

@@ -193,6 +193,38 @@ def test_parity_of_batch_norms(change):
     assert_same(*pair(change=change))
 
 
+MISSING = {
+    "not_counted": {"num_batches_tracked"},
+    "only_counted": {"running_mean", "running_var"},
+    "nothing": {"running_mean", "running_var", "num_batches_tracked"},
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("missing", MISSING.values(), ids=MISSING.keys())
+@pytest.mark.parametrize("more", [False, True], ids=["one_operator", "two_modules"])
+def test_parity_without_some_buffers(more, missing, momentum):
+    def change(layer: nn.Module) -> None:
+        for norm in (layer.qkv.bn, layer.proj[1].bn):
+            norm.momentum = momentum
+            for name in missing:
+                setattr(norm, name, None)
+        if more:
+            layer.proj.append(nn.Tanh())
+
+    assert_same(*pair(change=change))
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
+def test_running_mean_and_variance_only_come_together(gradients, norm, name, mode):
+    for layer in pair(change=lambda layer: setattr(layer.get_submodule(norm), name, None)):
+        with torch.set_grad_enabled(gradients), pytest.raises((ValueError, RuntimeError), match="running_"):
+            layer.train(mode)(features())
+
+
 def test_fewer_tokens_than_channels():
     """The covariance is singular; the variance of the projection stays non-negative and its root finite."""
     assert_same(*pair(96, 16, 96), features(2, 96, 1, 1))

@@ -12,8 +12,7 @@ namespace shvit {
 
 class RunningStatistics {
  public:
-  // Of `channels` channels; where they are absent there is nothing to update. Names in errors begin with
-  // `prefix`.
+  // Of `channels` channels; what is absent is not updated. Names in errors begin with `prefix`.
   RunningStatistics(const char* prefix, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                     const std::optional<Tensor>& num_batches_tracked, std::optional<double> momentum,
                     int64_t channels)
@@ -26,11 +25,10 @@ class RunningStatistics {
 
   // From mean and biased variance, float32 or float64, of `count` values of each channel.
   void update(ScalarType type, const void* mean, const void* variance, int64_t count) const {
-    if (!mean_.has_value()) return;
     int64_t batches = 0;
     if (num_batches_tracked_.has_value())
       batches = ++*static_cast<int64_t*>(num_batches_tracked_->mutable_data_ptr());
-    if (count == 0) return;
+    if (!mean_.has_value() || count == 0) return;
     const double average = batches > 0 ? 1 / static_cast<double>(batches) : 0;
     const double share = momentum_.value_or(average);
     const auto move = type == ScalarType::Double ? move_towards<double> : move_towards<float>;

@@ -82,11 +82,13 @@ def functions(family: str) -> Functions:
             return eager.mix_after(shsa, x, *rest)
         return mix(ops.readable(x), *rest)
 
-    def update_running_statistics(running_mean: Tensor, *rest) -> None:
+    def update_running_statistics(running_mean: Tensor | None, *rest) -> None:
         _, num_batches_tracked, mean, *_ = rest
+        known = running_mean is not None and num_batches_tracked is not None
         # Kernels count the batches, and take the statistics that go with their images.
-        same_type = (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64)
-        known = same_type and num_batches_tracked is not None
-        (update if known else eager.update_running_statistics)(running_mean, *rest)
+        if known and (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64):
+            update(running_mean, *rest)
+        else:
+            eager.update_running_statistics(running_mean, *rest)
 
     return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics)
