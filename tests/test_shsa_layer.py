@@ -215,6 +215,23 @@ def test_parity_without_some_buffers(more, missing, momentum):
     assert_same(*pair(change=change))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])
+@pytest.mark.parametrize("counted_in", [torch.int64, torch.int32, torch.float64], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_parity_of_other_strides_and_counters(stride, counted_in, norm, momentum):
+    def change(layer: nn.Module) -> None:
+        bn = layer.get_submodule(norm)
+        bn.momentum = momentum
+        bn.running_mean, bn.running_var = torch.rand(2, stride * bn.num_features, dtype=torch.float64)[:, ::stride]
+        bn.num_batches_tracked = bn.num_batches_tracked.to(counted_in)
+
+    torch.manual_seed(0)
+    ours, theirs = pair(change=change)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])

@@ -46,6 +46,13 @@ def check_reverse_mode(function: str, *tensors: Tensor | None) -> None:
         )
 
 
+def can_update(running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None) -> bool:
+    """Whether kernels can update running statistics where they stand; PyTorch's operators take any that it has."""
+    if num_batches_tracked is not None and num_batches_tracked.dtype != torch.int64:
+        return False
+    return running_mean is None or (running_mean.is_contiguous() and running_var.is_contiguous())
+
+
 def functions(family: str) -> Functions:
     """The functions on the operators of a family: through autograd only where a gradient may be asked for."""
     operators = ops.FAMILIES[family]
@@ -83,8 +90,9 @@ def functions(family: str) -> Functions:
         return mix(ops.readable(x), *rest)
 
     def update_running_statistics(running_mean: Tensor | None, *rest) -> None:
-        _, num_batches_tracked, mean, *_ = rest
+        running_var, num_batches_tracked, mean, *_ = rest
         known = running_mean is not None and num_batches_tracked is not None
+        known = known and can_update(running_mean, running_var, num_batches_tracked)
         # Kernels count the batches, and take the statistics that go with their images.
         if known and (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64):
             update(running_mean, *rest)
