@@ -127,6 +127,18 @@ def test_other_strides_and_counters_of_another_type(backend, stride, counted_in,
         torch.testing.assert_close(getattr(ours, name), getattr(stock, name), rtol=2e-6, atol=2e-6)
 
 
+def test_tensors_of_inference_mode_are_updated_inside_of_it_alone(backend):
+    with torch.inference_mode():
+        norm = nn.BatchNorm2d(5, device=device_of(backend))
+    values = torch.randn(49, 5, device=device_of(backend))
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        update(backend, norm, values)
+    assert norm.running_mean.eq(0).all()
+    with torch.inference_mode():
+        update(backend, norm, values)
+    assert norm.running_mean.ne(0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)  # PyTorch's operators read anything
 def test_operators_refuse_what_kernels_cannot_read(backend):
     family = {"cpu": "native", cuda.BACKEND: cuda.FAMILY}.get(backend, backend)

@@ -232,6 +232,17 @@ def test_parity_of_other_strides_and_counters(stride, counted_in, norm, momentum
     assert_same(ours, theirs)
 
 
+def test_running_statistics_of_inference_mode_are_refused_outside_of_it():
+    for layer in pair():
+        with torch.inference_mode():
+            for bn in (layer.qkv.bn, layer.proj[1].bn):
+                bn._buffers.update((name, t.clone()) for name, t in bn._buffers.items())
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+            layer.train()(features())
+        with torch.inference_mode():
+            layer(features())
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])

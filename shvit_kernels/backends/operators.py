@@ -47,9 +47,12 @@ def check_reverse_mode(function: str, *tensors: Tensor | None) -> None:
 
 
 def can_update(running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None) -> bool:
-    """Whether kernels can update running statistics where they stand; PyTorch's operators take any that it has."""
-    if num_batches_tracked is not None and num_batches_tracked.dtype != torch.int64:
-        return False
+    """Whether kernels can update running statistics where they stand; PyTorch's operators update others or refuse."""
+    if num_batches_tracked is not None:
+        # They refuse tensors of inference mode outside of it; torch.compile cannot trace the question.
+        of_inference = not torch.compiler.is_compiling() and num_batches_tracked.is_inference()
+        if of_inference or num_batches_tracked.dtype != torch.int64:
+            return False
     return running_mean is None or (running_mean.is_contiguous() and running_var.is_contiguous())
 
 
