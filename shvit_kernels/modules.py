@@ -411,12 +411,12 @@ class SHSA(nn.Module):
         if functional.is_autocast(x) or (batch_statistics and (bias is not None or _merges_ranks(bn))):
             weight = weight.flatten(1)
             if batch_statistics:
-                weight, bias = self._fold_batch(x, weight, bias, bn)
+                weight, bias, *measured = self._fold_batch(x, weight, bias, bn)
             elif bn is not None:
                 weight, bias = backends.eager.fold(
                     weight, bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
                 )
-            return functional.shsa(
+            y = functional.shsa(
                 x,
                 weight,
                 bias,
@@ -427,6 +427,9 @@ class SHSA(nn.Module):
                 scale=self.scale,
                 relu=relu,
             )
+            if batch_statistics:
+                _track(backends.eager, bn, *measured)  # of a call that was not refused
+            return y
         # The shapes of the parameters were checked by _foldable, so the backend is called without another look.
         backend = backends.choose(x, None, self.pdim, self.qk_dim)
         settings = (self.scale, relu, *functional.tf32(x))
@@ -442,7 +445,7 @@ class SHSA(nn.Module):
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
-        """The projection with ``bn`` folded in, from the moments of the batch (of all ranks)."""
+        """The projection with ``bn`` folded in, by the moments of the batch (of all ranks); what ``_track`` takes."""
         norm = self._child("pre_norm")
         moments = functional.partial_moments(x, norm.weight, norm.bias, pdim=self.pdim, norm_eps=norm.eps)
         if _merges_ranks(bn):
@@ -453,9 +456,8 @@ class SHSA(nn.Module):
             mean, variance = backends.eager.batch_statistics(wide, z_mean, z_cov)
             if bias is not None:
                 mean = mean + bias
-            _track(backends.eager, bn, count, x.shape, mean.detach(), variance.detach())
             folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
-            return tuple(t.to(weight.dtype) for t in folded)
+            return *(t.to(weight.dtype) for t in folded), count, x.shape, mean.detach(), variance.detach()
 
     def _composite(self, x: Tensor) -> Tensor:
         """The same, calling the submodules one by one."""

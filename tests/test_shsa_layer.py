@@ -639,6 +639,19 @@ def test_more_modules_in_the_projection():
     assert_same(*pair(change=change))
 
 
+@native_tier.needs_native
+def test_forward_mode_is_refused_before_running_statistics_are_updated_under_autocast():
+    layer = SHSA(DIM, QK_DIM, PDIM)
+    before = {k: t.clone() for k, t in layer.named_buffers()}
+    weight = layer.qkv.bn.weight.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.forward_ad.dual_level():
+        parameters = {"qkv.bn.weight": torch.autograd.forward_ad.make_dual(weight, weight)}
+        with use_backend("cpu"), pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.functional_call(layer, parameters, features(dtype=torch.float32))
+    for name, statistic in layer.named_buffers():
+        assert torch.equal(statistic, before[name]), name
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_learnable_scale_gets_its_gradient(mode):
     layers = pair(change=lambda layer: setattr(layer, "scale", nn.Parameter(torch.tensor(0.3).double())))
