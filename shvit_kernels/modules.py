@@ -103,6 +103,8 @@ def is_group_norm1(module: nn.Module) -> bool:
         is_timm = cls.__name__ == "GroupNorm1" and cls.__module__.startswith("timm.layers")
         if not (isinstance(module, nn.GroupNorm) and (is_timm or cls.forward is nn.GroupNorm.forward)):
             return False
+        if hasattr(cls, "weight") or hasattr(cls, "bias"):  # which stand before the parameters of these names
+            return False
     return module.num_groups == 1 and module.affine and is_plain(module)
 
 
@@ -147,7 +149,10 @@ def _buffer(bn: nn.Module, name: str) -> Tensor | None:
 
 def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance."""
-    return _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    mean, variance = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    if (mean is None) != (variance is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    return mean, variance
 
 
 def _norm(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
@@ -224,8 +229,7 @@ def _track(
     """Update the running statistics of ``bn`` as ``torch.nn.BatchNorm2d`` does."""
     _check_count(count, size)
     *running, momentum = _tracked(bn)
-    if running[0] is not None:
-        backend.update_running_statistics(*running, mean, variance, count, momentum)
+    backend.update_running_statistics(*running, mean, variance, count, momentum)
 
 
 class SHSA(nn.Module):
@@ -296,8 +300,10 @@ class SHSA(nn.Module):
         return x + self(x)
 
     def _child(self, name: str) -> nn.Module | None:
-        """``nn.Module.__getattr__`` would take a microsecond."""
-        return self._modules.get(name)
+        """``getattr``, without the microsecond of ``nn.Module.__getattr__`` where nothing stands before it."""
+        if type(self) is SHSA and name not in self.__dict__:
+            return self._modules.get(name)
+        return getattr(self, name)
 
     def _run(self, x: Tensor, residual: bool) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim or 0 in x.shape[2:]:
@@ -405,12 +411,12 @@ class SHSA(nn.Module):
         if functional.is_autocast(x) or (batch_statistics and (bias is not None or _merges_ranks(bn))):
             weight = weight.flatten(1)
             if batch_statistics:
-                weight, bias = self._fold_batch(x, weight, bias, bn)
+                weight, bias, *measured = self._fold_batch(x, weight, bias, bn)
             elif bn is not None:
                 weight, bias = backends.eager.fold(
                     weight, bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
                 )
-            return functional.shsa(
+            y = functional.shsa(
                 x,
                 weight,
                 bias,
@@ -421,6 +427,9 @@ class SHSA(nn.Module):
                 scale=self.scale,
                 relu=relu,
             )
+            if batch_statistics:
+                _track(backends.eager, bn, *measured)  # of a call that was not refused
+            return y
         # The shapes of the parameters were checked by _foldable, so the backend is called without another look.
         backend = backends.choose(x, None, self.pdim, self.qk_dim)
         settings = (self.scale, relu, *functional.tf32(x))
@@ -436,7 +445,7 @@ class SHSA(nn.Module):
         )
 
     def _fold_batch(self, x: Tensor, weight: Tensor, bias: Tensor | None, bn: nn.Module):
-        """The projection with ``bn`` folded in, from the moments of the batch (of all ranks)."""
+        """The projection with ``bn`` folded in, by the moments of the batch (of all ranks); what ``_track`` takes."""
         norm = self._child("pre_norm")
         moments = functional.partial_moments(x, norm.weight, norm.bias, pdim=self.pdim, norm_eps=norm.eps)
         if _merges_ranks(bn):
@@ -447,9 +456,8 @@ class SHSA(nn.Module):
             mean, variance = backends.eager.batch_statistics(wide, z_mean, z_cov)
             if bias is not None:
                 mean = mean + bias
-            _track(backends.eager, bn, count, x.shape, mean.detach(), variance.detach())
             folded = backends.eager.fold(wide, bias, bn.weight, bn.bias, mean, variance, bn.eps)
-            return tuple(t.to(weight.dtype) for t in folded)
+            return *(t.to(weight.dtype) for t in folded), count, x.shape, mean.detach(), variance.detach()
 
     def _composite(self, x: Tensor) -> Tensor:
         """The same, calling the submodules one by one."""

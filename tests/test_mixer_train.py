@@ -1,12 +1,13 @@
 """``mixer_train``: a whole layer in training as one operator, against the specification (design section 6)."""
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from shvit_kernels import SHSA, functional
+from shvit_kernels import SHSA, functional, use_backend
 from shvit_kernels._randomise import randomise
 from shvit_kernels.backends import cpu, eager
 from tests.support import exact
@@ -261,13 +262,13 @@ def test_parameters_of_another_size_are_refused(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kept_in", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
-@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not_counted"])
-def test_running_statistics_become_those_of_the_specification(counted, momentum, kept_in, dtype):
+@pytest.mark.parametrize("absent", [(), (2, 6), (0, 1, 4, 5)], ids=["everything", "not_counted", "only_counted"])
+def test_running_statistics_become_those_of_the_specification(absent, momentum, kept_in, dtype):
     call = mixer_train_call(Case(P=10, D=3, N=16, beyond=4, dtype=dtype))
     settings = (3, 1e-5, 1e-5, 1e-5, 0.5, True)
     given = [*running(16, kept_in, momentum), *running(14, kept_in, momentum)]
-    if not counted:
-        given[2] = given[6] = None
+    for i in absent:
+        given[i] = None
     ours, expected = ([t.clone() if isinstance(t, torch.Tensor) else t for t in given] for _ in range(2))
     cpu.mixer_train(*call.inputs.values(), *settings, *ours)
     eager.mixer_train(*call.inputs.values(), *settings, *expected)
@@ -275,7 +276,7 @@ def test_running_statistics_become_those_of_the_specification(counted, momentum,
     for i in (0, 1, 4, 5):
         torch.testing.assert_close(ours[i], expected[i], rtol=4 * precision, atol=20 * precision)
     for i in (2, 6):
-        assert ours[i] == expected[i] == (4 if counted else None)
+        assert ours[i] == expected[i] == (None if i in absent else 4)
 
 
 REFUSED = {
@@ -298,6 +299,10 @@ def test_running_statistics_that_cannot_be_updated_are_refused_before_any_is(nam
     before = [t.clone() if isinstance(t, torch.Tensor) else t for t in given]
     with pytest.raises(RuntimeError, match=message):
         FORWARD(*given)
+    assert_equal(given, before)
+
+
+def assert_equal(given: Iterable, before: Iterable) -> None:
     for t, old in zip(given, before, strict=True):
         assert (t is None and old is None) or torch.equal(torch.as_tensor(t), torch.as_tensor(old))
 
@@ -324,6 +329,28 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match=r"mixer_train is differentiable once.*eager"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
+@pytest.mark.parametrize("name", ["x", "proj_bn_weight"])
+def test_forward_mode_is_refused_before_anything_is_updated(name, gradients):
+    call = mixer_train_call(Case(P=10, D=3, N=16, beyond=4))
+    settings, statistics = (3, 1e-5, 1e-5, 1e-5, 0.5, True), (*running(16), *running(14))
+    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in statistics]
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        t = call.inputs[name]
+        call.inputs[name] = torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))
+        with pytest.raises(NotImplementedError, match=r"mixer_train .* forward mode .*eager"):
+            cpu.mixer_train(*call.inputs.values(), *settings, *statistics)
+    assert_equal(statistics, before)
+
+
+def test_transforms_are_refused_before_anything_is_updated():
+    layer = SHSA(24, 4, 10)
+    before = [t.clone() for t in layer.buffers()]
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match=r"mixer_train .* torch.func .*eager"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.randn(2, 24, 5, 5))
+    assert_equal(layer.buffers(), before)
 
 
 @each_layout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shvit_kernels import backends
+from shvit_kernels import backends, ops
 from tests.support import cuda
 from tests.support import native as native_tier
 from tests.support.numerics import device_of
@@ -65,6 +65,18 @@ def test_batches_need_not_be_counted(backend, momentum):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_are_counted_without_statistics(backend, momentum):
+    device = device_of(backend)
+    ours, stock = (nn.BatchNorm2d(5, momentum=momentum, device=device) for _ in range(2))
+    for norm in (ours, stock):
+        norm.running_mean = norm.running_var = None
+    values = torch.randn(49, 5, device=device)
+    update(backend, ours, values)
+    stock(values.t()[None, :, :, None])
+    assert ours.num_batches_tracked == stock.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_batch_without_values_is_only_counted(backend, momentum):
     device = device_of(backend)
     norm = nn.BatchNorm2d(5, momentum=momentum, device=device)
@@ -74,6 +86,17 @@ def test_a_batch_without_values_is_only_counted(backend, momentum):
     backends.get(backend).update_running_statistics(*buffers, not_a_number, not_a_number, 0, momentum)
     assert norm.num_batches_tracked == 1
     assert [norm.running_mean.tolist(), norm.running_var.tolist()] == [t.tolist() for t in before]
+
+
+@pytest.mark.parametrize("momentum", [1.0, None])
+def test_a_share_of_one_leaves_nothing_of_large_values(backend, momentum):
+    norm = nn.BatchNorm2d(5, momentum=momentum, device=device_of(backend))
+    norm.running_mean.fill_(1e17)
+    norm.running_var.fill_(1e17)
+    values = 3 + 2 * torch.randn(49, 5, device=device_of(backend))
+    update(backend, norm, values)
+    torch.testing.assert_close(norm.running_mean, values.mean(0), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(norm.running_var, values.var(0), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -87,13 +110,42 @@ def test_statistics_of_another_type(backend, dtype):
     assert norm.running_mean.dtype == dtype and norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("counted_in", [torch.int64, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_other_strides_and_counters_of_another_type(backend, stride, counted_in, momentum):
+    device = device_of(backend)
+    ours, stock = (nn.BatchNorm2d(5, momentum=momentum, device=device) for _ in range(2))
+    for norm in (ours, stock):
+        norm.running_mean, norm.running_var = torch.ones(2, 5 * stride, device=device)[:, ::stride]
+        norm.num_batches_tracked = norm.num_batches_tracked.to(counted_in)
+    for count in (2, 49):
+        values = 3 + 2 * torch.randn(count, 5, device=device)
+        update(backend, ours, values)
+        stock(values.t()[None, :, :, None])
+    for name in NAMES:
+        torch.testing.assert_close(getattr(ours, name), getattr(stock, name), rtol=2e-6, atol=2e-6)
+
+
+def test_tensors_of_inference_mode_are_updated_inside_of_it_alone(backend):
+    with torch.inference_mode():
+        norm = nn.BatchNorm2d(5, device=device_of(backend))
+    values = torch.randn(49, 5, device=device_of(backend))
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        update(backend, norm, values)
+    assert norm.running_mean.eq(0).all()
+    with torch.inference_mode():
+        update(backend, norm, values)
+    assert norm.running_mean.ne(0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)  # PyTorch's operators read anything
-def test_what_kernels_cannot_read_is_refused(backend):
+def test_operators_refuse_what_kernels_cannot_read(backend):
+    family = {"cpu": "native", cuda.BACKEND: cuda.FAMILY}.get(backend, backend)
+    operator = ops.FAMILIES[family]["update_running_statistics"]
     norm = nn.BatchNorm2d(6, device=device_of(backend))
     every_other = torch.zeros(12, device=device_of(backend))[::2]
     vector = torch.ones(6, device=device_of(backend))
     with pytest.raises(RuntimeError, match="running_mean must be contiguous"):
-        backends.get(backend).update_running_statistics(
-            every_other, norm.running_var, norm.num_batches_tracked, vector, vector, 4, 0.1
-        )
+        operator(every_other, norm.running_var, norm.num_batches_tracked, vector, vector, 4, 0.1)
     assert norm.num_batches_tracked == 0 and every_other.eq(0).all()

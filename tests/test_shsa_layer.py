@@ -193,6 +193,66 @@ def test_parity_of_batch_norms(change):
     assert_same(*pair(change=change))
 
 
+MISSING = {
+    "not_counted": {"num_batches_tracked"},
+    "only_counted": {"running_mean", "running_var"},
+    "nothing": {"running_mean", "running_var", "num_batches_tracked"},
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("missing", MISSING.values(), ids=MISSING.keys())
+@pytest.mark.parametrize("more", [False, True], ids=["one_operator", "two_modules"])
+def test_parity_without_some_buffers(more, missing, momentum):
+    def change(layer: nn.Module) -> None:
+        for norm in (layer.qkv.bn, layer.proj[1].bn):
+            norm.momentum = momentum
+            for name in missing:
+                setattr(norm, name, None)
+        if more:
+            layer.proj.append(nn.Tanh())
+
+    assert_same(*pair(change=change))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])
+@pytest.mark.parametrize("counted_in", [torch.int64, torch.int32, torch.float64], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_parity_of_other_strides_and_counters(stride, counted_in, norm, momentum):
+    def change(layer: nn.Module) -> None:
+        bn = layer.get_submodule(norm)
+        bn.momentum = momentum
+        bn.running_mean, bn.running_var = torch.rand(2, stride * bn.num_features, dtype=torch.float64)[:, ::stride]
+        bn.num_batches_tracked = bn.num_batches_tracked.to(counted_in)
+
+    torch.manual_seed(0)
+    ours, theirs = pair(change=change)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same(ours, theirs)
+
+
+def test_running_statistics_of_inference_mode_are_refused_outside_of_it():
+    for layer in pair():
+        with torch.inference_mode():
+            for bn in (layer.qkv.bn, layer.proj[1].bn):
+                bn._buffers.update((name, t.clone()) for name, t in bn._buffers.items())
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+            layer.train()(features())
+        with torch.inference_mode():
+            layer(features())
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("norm", ["qkv.bn", "proj.1.bn"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no_gradients"])
+def test_running_mean_and_variance_only_come_together(gradients, norm, name, mode):
+    for layer in pair(change=lambda layer: setattr(layer.get_submodule(norm), name, None)):
+        with torch.set_grad_enabled(gradients), pytest.raises((ValueError, RuntimeError), match="running_"):
+            layer.train(mode)(features())
+
+
 def test_fewer_tokens_than_channels():
     """The covariance is singular; the variance of the projection stays non-negative and its root finite."""
     assert_same(*pair(96, 16, 96), features(2, 96, 1, 1))
@@ -540,12 +600,56 @@ def test_forward_set_on_an_instance_is_called():
     assert_same(*pair(change=change))
 
 
+def by_property(layer: nn.Module, name: str, module: nn.Module) -> None:
+    layer.__class__ = type("Overriding", (type(layer),), {name: property(lambda self: module)})
+
+
+def by_attribute(layer: nn.Module, name: str, module: nn.Module) -> None:
+    layer.__dict__[name] = module
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["pre_norm", "qkv", "proj"])
+@pytest.mark.parametrize("override", [by_property, by_attribute])
+def test_submodules_that_a_subclass_or_an_instance_overrides(override, name, mode):
+    results = []
+    for layer in pair():
+        other = copy.deepcopy(layer._modules[name])
+        for parameter in other.parameters():
+            parameter.data.mul_(2).add_(0.1)
+        override(layer, name, other)
+        results.append({"y": layer.train(mode)(features()).detach()})
+    assert_close(*results)
+
+
+def test_parameters_that_a_subclass_overrides():
+    class AroundOne(nn.GroupNorm):
+        weight = property(lambda self: self._parameters["weight"] + 1)
+
+    assert_same(
+        *pair(norm_layer=partial(nn.GroupNorm, 1), change=lambda layer: setattr(layer.pre_norm, "__class__", AroundOne))
+    )
+
+
 def test_more_modules_in_the_projection():
     def change(layer: nn.Module) -> None:
         layer.proj.append(nn.Tanh())
         layer.qkv.append(nn.Tanh())
 
     assert_same(*pair(change=change))
+
+
+@native_tier.needs_native
+def test_forward_mode_is_refused_before_running_statistics_are_updated_under_autocast():
+    layer = SHSA(DIM, QK_DIM, PDIM)
+    before = {k: t.clone() for k, t in layer.named_buffers()}
+    weight = layer.qkv.bn.weight.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.forward_ad.dual_level():
+        parameters = {"qkv.bn.weight": torch.autograd.forward_ad.make_dual(weight, weight)}
+        with use_backend("cpu"), pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.functional_call(layer, parameters, features(dtype=torch.float32))
+    for name, statistic in layer.named_buffers():
+        assert torch.equal(statistic, before[name]), name
 
 
 @pytest.mark.parametrize("mode", MODES)

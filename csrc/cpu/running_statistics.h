@@ -12,8 +12,7 @@ namespace shvit {
 
 class RunningStatistics {
  public:
-  // Of `channels` channels; where they are absent there is nothing to update. Names in errors begin with
-  // `prefix`.
+  // Of `channels` channels; what is absent is not updated. Names in errors begin with `prefix`.
   RunningStatistics(const char* prefix, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                     const std::optional<Tensor>& num_batches_tracked, std::optional<double> momentum,
                     int64_t channels)
@@ -26,11 +25,10 @@ class RunningStatistics {
 
   // From mean and biased variance, float32 or float64, of `count` values of each channel.
   void update(ScalarType type, const void* mean, const void* variance, int64_t count) const {
-    if (!mean_.has_value()) return;
     int64_t batches = 0;
     if (num_batches_tracked_.has_value())
       batches = ++*static_cast<int64_t*>(num_batches_tracked_->mutable_data_ptr());
-    if (count == 0) return;
+    if (!mean_.has_value() || count == 0) return;
     const double average = batches > 0 ? 1 / static_cast<double>(batches) : 0;
     const double share = momentum_.value_or(average);
     const auto move = type == ScalarType::Double ? move_towards<double> : move_towards<float>;
@@ -58,8 +56,10 @@ class RunningStatistics {
   static void move_values(const Tensor& running, const T* batch, double share, double factor) {
     S* values = static_cast<S*>(running.mutable_data_ptr());
     for (int64_t o = 0; o < running.numel(); ++o) {
-      const double old = static_cast<double>(values[o]);
-      values[o] = static_cast<S>(old + share * (static_cast<double>(batch[o]) * factor - old));
+      const double old = static_cast<double>(values[o]), aim = static_cast<double>(batch[o]) * factor;
+      // From the nearer end, so that a share of one leaves nothing of a large old value.
+      const double moved = share < 0.5 ? old + share * (aim - old) : aim - (1 - share) * (aim - old);
+      values[o] = static_cast<S>(moved);
     }
   }
 

@@ -10,9 +10,11 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T>
-__device__ void add(void* running, int o, float share, float value) {
-  T& old = static_cast<T*>(running)[o];
-  old = from_float<T>(to_float(old) + share * (value - to_float(old)));
+__device__ void move(void* running, int o, float share, float aim) {
+  T& value = static_cast<T*>(running)[o];
+  const float old = to_float(value);
+  // From the nearer end, so that a share of one leaves nothing of a large old value.
+  value = from_float<T>(share < 0.5f ? old + share * (aim - old) : aim - (1 - share) * (aim - old));
 }
 
 template <class T>
@@ -23,8 +25,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(RunningStatisticsParam
   if (p.count == 0) return;
   const float share = p.averages ? 1.0f / static_cast<float>(batches) : p.momentum;
   for (int o = threadIdx.x; o < p.O; o += kThreads) {
-    add<T>(p.running_mean, o, share, p.mean[o]);
-    add<T>(p.running_var, o, share, p.variance[o] * p.unbiased);
+    move<T>(p.running_mean, o, share, p.mean[o]);
+    move<T>(p.running_var, o, share, p.variance[o] * p.unbiased);
   }
 }
 

@@ -31,15 +31,18 @@ shsa, partial_moments, shsa_train, shsa_eval, _, update_running_statistics = ope
 
 
 def mixer_train(x: Tensor, *rest) -> Tensor:
-    """One operator in float32 and float64; in bfloat16 the projection is PyTorch's."""
-    if x.dtype not in MIXER_DTYPES:
+    """One operator in float32 and float64 on running statistics that it can update; otherwise the projection is
+    PyTorch's."""
+    updates = x.dtype in MIXER_DTYPES and operators.can_update(*rest[14:17]) and operators.can_update(*rest[18:21])
+    if not updates:
         return eager.mixer_train_after(shsa_train, x, *rest)
     x = ops.readable(x)
+    differentiated = operators.tracks_gradients(x, *rest[:8])
+    if differentiated:
+        operators.check_reverse_mode("mixer_train", x, *rest[:8])
     with torch.no_grad():
         out, *saved = torch.ops.shvit_kernels.mixer_train_forward.default(x, *rest)
-    if operators.tracks_gradients(x, *rest[:8]):
-        return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8])
-    return out
+    return ops.MixerTrain.apply((rest[8:14], saved, out), x, *rest[:8]) if differentiated else out
 
 
 def mixer_eval(x: Tensor, *rest) -> Tensor:

@@ -138,8 +138,8 @@ def shsa_train(
 
 
 def update_running_statistics(
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     mean: Tensor,
     variance: Tensor,
@@ -148,10 +148,10 @@ def update_running_statistics(
 ) -> None:
     """As ``torch.nn.BatchNorm2d`` does, from the mean and biased variance of ``count`` values per channel: running
     means with ``momentum``, or averages of all batches without it, which without a number of batches stay as they are.
-    A batch without values is only counted."""
+    A batch without values is only counted, and so is any without running mean and variance."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if count == 0:
+    if running_mean is None or count == 0:
         return
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else num_batches_tracked.to(running_mean.dtype).reciprocal()
@@ -206,8 +206,7 @@ def mixer_train_after(
         ((running_mean, running_var, num_batches_tracked), (mean, variance), momentum),
         ((proj_running_mean, proj_running_var, proj_num_batches_tracked), (proj_mean, proj_var), proj_momentum),
     ):
-        if running[0] is not None:
-            update_running_statistics(*running, *(t.detach() for t in batch), values_per_channel, share)
+        update_running_statistics(*running, *(t.detach() for t in batch), values_per_channel, share)
     return x + out if residual else out
 
 

@@ -30,6 +30,32 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_reverse_mode(function: str, *tensors: Tensor | None) -> None:
+    """Refuse what an autograd function would, before an operator changes anything in place.
+
+    Raises:
+        NotImplementedError: if a tensor has a tangent or a transform of ``torch.func`` is active.
+    """
+    forward_mode = forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if forward_mode or torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"shvit_kernels.{function} has no derivatives in forward mode and none under torch.func with this backend; "
+            "run the forward under shvit_kernels.use_backend('eager')"
+        )
+
+
+def can_update(running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None) -> bool:
+    """Whether kernels can update running statistics where they stand; PyTorch's operators update others or refuse."""
+    if num_batches_tracked is not None:
+        # They refuse tensors of inference mode outside of it; torch.compile cannot trace the question.
+        of_inference = not torch.compiler.is_compiling() and num_batches_tracked.is_inference()
+        if of_inference or num_batches_tracked.dtype != torch.int64:
+            return False
+    return running_mean is None or (running_mean.is_contiguous() and running_var.is_contiguous())
+
+
 def functions(family: str) -> Functions:
     """The functions on the operators of a family: through autograd only where a gradient may be asked for."""
     operators = ops.FAMILIES[family]
@@ -66,11 +92,14 @@ def functions(family: str) -> Functions:
             return eager.mix_after(shsa, x, *rest)
         return mix(ops.readable(x), *rest)
 
-    def update_running_statistics(running_mean: Tensor, *rest) -> None:
-        _, num_batches_tracked, mean, *_ = rest
+    def update_running_statistics(running_mean: Tensor | None, *rest) -> None:
+        running_var, num_batches_tracked, mean, *_ = rest
+        known = running_mean is not None and num_batches_tracked is not None
+        known = known and can_update(running_mean, running_var, num_batches_tracked)
         # Kernels count the batches, and take the statistics that go with their images.
-        same_type = (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64)
-        known = same_type and num_batches_tracked is not None
-        (update if known else eager.update_running_statistics)(running_mean, *rest)
+        if known and (running_mean.dtype == torch.float64) == (mean.dtype == torch.float64):
+            update(running_mean, *rest)
+        else:
+            eager.update_running_statistics(running_mean, *rest)
 
     return Functions(shsa, partial_moments, shsa_train, shsa_eval, shsa_mixer, update_running_statistics)

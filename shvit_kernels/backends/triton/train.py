@@ -177,6 +177,12 @@ def shsa_train_backward(
     return gradients(dy, saved, (norm_weight, norm_bias), weight, None, batch_norm, settings, needs)
 
 
+@triton.jit
+def _moved(old, aim, share):
+    """By a share of the way; from the nearer end, so that a share of one leaves nothing of a large old value."""
+    return tl.where(share < 0.5, old + share * (aim - old), aim - (1.0 - share) * (aim - old))
+
+
 @launched
 def _update_running_statistics(
     running_mean, running_var, num_batches_tracked, mean, variance, unbiased, momentum, O,
@@ -190,8 +196,8 @@ def _update_running_statistics(
         o = tl.arange(0, BO)
         old_mean = tl.load(running_mean + o, o < O).to(tl.float32)
         old_var = tl.load(running_var + o, o < O).to(tl.float32)
-        tl.store(running_mean + o, old_mean + share * (tl.load(mean + o, o < O) - old_mean), o < O)
-        tl.store(running_var + o, old_var + share * (tl.load(variance + o, o < O) * unbiased - old_var), o < O)
+        tl.store(running_mean + o, _moved(old_mean, tl.load(mean + o, o < O), share), o < O)
+        tl.store(running_var + o, _moved(old_var, tl.load(variance + o, o < O) * unbiased, share), o < O)
 
 
 def update_running_statistics(running_mean, running_var, num_batches_tracked, mean, variance, count, momentum):
