@@ -132,20 +132,24 @@ PANEL = 16
 def pack(weight: Tensor) -> Tensor:
     """``[outputs, inputs]`` as ``[ceil(outputs / 16), inputs + 1, 16]``, zeros for the outputs that are missing.
 
-    The weights of an output are divided by a power of two near their mean magnitude, which stands behind them: values
-    of the order of 1 are what products in pairs need (csrc/cpu/pairs.h).
+    The weights of an output are divided by a power of two near their size, the geometric mean of their mean and their
+    largest magnitude, which stands behind them (0 where all weights are): values of the order of 1 are what products
+    in pairs need (csrc/cpu/pairs.h).
     """
     outputs, inputs = weight.shape
-    magnitude = weight.detach().double().abs().mean(1)
-    magnitude = torch.where(magnitude.isfinite(), magnitude, 0)
-    exponent = magnitude.frexp().exponent.clamp(*_EXPONENTS)
-    factor = torch.ones_like(magnitude).ldexp(exponent).to(weight.dtype)
-    scaled = torch.cat([weight / factor[:, None], factor[:, None]], 1)
+    magnitudes = weight.detach().double().abs()
+    mean, largest = magnitudes.mean(1), magnitudes.amax(1)
+    exponent = (mean.frexp().exponent + largest.frexp().exponent).div(2, rounding_mode="floor")
+    exponent = torch.where(mean.isfinite(), exponent, 0).clamp(*_exponents(weight.dtype))
+    divisor = torch.ones_like(mean).ldexp(exponent).to(weight.dtype)
+    factor = torch.where(largest == 0, 0, divisor)
+    scaled = torch.cat([weight / divisor[:, None], factor[:, None]], 1)
     return F.pad(scaled, (0, 0, 0, -outputs % PANEL)).view(-1, PANEL, inputs + 1).transpose(1, 2).contiguous()
 
 
-_EXPONENTS = (-14, 15)
-"""Those of the normal numbers of float16, the narrowest type that a model may be converted to."""
+def _exponents(dtype: torch.dtype) -> tuple[int, int]:
+    """Those of normal numbers of a type, and of float32 at most, to which a model may be converted."""
+    return (-14, 15) if dtype == torch.float16 else (-126, 126)
 
 
 def unpack(packed: Tensor, outputs: int) -> Tensor:

@@ -163,6 +163,7 @@ PUBLISHED = [
     conv3x3(2, 112, 16, 16, 224, relu=False),
     conv3x3(2, 28, 32, 32, 56, winograd=True),
     conv3x3(1, 112, 32, 32, 224, relu=False, winograd=True),
+    conv3x3(1, 64, 28, 28, 128, winograd=True),
     depthwise(2, 224, 16, 16, 1),
     depthwise(2, 1344, 8, 8, 2, relu=True),
     pointwise(2, 336, 8, 8, 1344, relu=True),
@@ -449,6 +450,14 @@ def test_strided_images_are_refused_by_the_bare_operators():
     x = torch.randn(2, 6, 4, 4).contiguous(memory_format=torch.channels_last)[:, ::2]
     with pytest.raises(RuntimeError, match="x must be channels_last"):
         torch.ops.shvit_kernels.fused_pool(x)
+
+
+def test_a_branch_of_zeros_adds_its_bias():
+    """As at initialisation, where the last batch normalisation of a branch is 0."""
+    operation = ffn(9, 48, 5, 5, 96)
+    inputs = operation.call().inputs
+    y = native(operation, weight2=torch.zeros_like(inputs["weight2"]))
+    assert torch.equal(y, inputs["x"] + inputs["bias2"][:, None, None])
 
 
 def test_winograd_keeps_the_kernel():

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ SOME_CORNERS = {
     if 16 <= case.N <= 1050 and not case.autocast and case.dtype != torch.bfloat16 and case.relu and case.P < 130
 }
 SOME_CORNERS["longest_short_image"] = Case(N=256)
+SOME_CORNERS["many_tokens_few_channels"] = Case(N=257, P=5, beyond=7)
 
 each_layout = pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 each_residual = pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
@@ -54,6 +56,20 @@ def check(case: Case, residual: bool = True) -> None:
 @pytest.mark.parametrize("case", by_name(COVER | SOME_CORNERS))
 def test_parity(case):
     check(case)
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PAIRED_VARIANTS))
+@each_layout
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_parity_of_gradients_that_a_few_tokens_have(tokens, layout, variant):
+    """As in dense prediction: the values of a row or column of a product are of very different sizes."""
+    case = Case(N=1024, B=1, layout=layout)
+    call = mixer_train_call(case)
+    dout = torch.zeros_like(call.upstream["out"])
+    dout.flatten(2)[:, :, 300 : 300 + tokens] = 1 + call.upstream["out"].flatten(2)[:, :, :tokens]
+    call = replace(call, upstream=call.upstream | {"out": dout})
+    with native_tier.instruction_set(variant):
+        assert_parity(call.run(BACKEND), expect(call, exact.of_mixer_training(case, True)))
 
 
 @each_layout

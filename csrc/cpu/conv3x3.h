@@ -360,7 +360,7 @@ struct Conv3x3 {
           const Ahead ahead = weights.ahead(n, NV * W, k, K);
           if constexpr (kInPairs<S, VB>) {
             const PairedScratch& pairs = scratch_.pairs[sum];
-            if (pairs.fits(M)) {
+            if (pairs.exists()) {
               pairs.multiply<VB>(K, [&](const PairedRows& rows) SHVIT_INLINE_LAMBDA {
                 gemm_column<S, Bytes, NV, kPairedRows>(M, rows, b, finish, ahead);
               });

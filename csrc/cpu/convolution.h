@@ -46,23 +46,19 @@ struct Depthwise {
     return plan;
   }
 
-  // A row of zeros, which stands for those above and below the image; rows of x, if they are made here, and
-  // what makes them.
+  using Source = Pointwise<S, VB>;
+  static constexpr int64_t kSourceRows = LinearTasks::kMostRows;  // of x, that its source makes at a time
+
+  // A row of zeros, which stands for those above and below the image; rows of x, if they are made here.
   struct Scratch {
-    S *zero, *made;
-    char* source;
-    Scratch(Bump& bump, const Params& a)
-        : zero(bump.take<S>(row_size(a))), made(bump.take<S>(source_size(a))), source(nullptr) {
-      if (a.source) source = bump.take<char>(source_scratch(a));
+    S *zero, *made = nullptr;
+    typename Source::Rows source;
+    Scratch(Bump& bump, const Params& a) : zero(bump.take<S>(row_size(a))) {
+      if (!a.source) return;
+      made = bump.take<S>(source_size(a));
+      source = typename Source::Rows(bump, *a.source, kSourceRows);
     }
   };
-  static int64_t source_scratch(const Params& a) {
-    int64_t bytes = 0;
-    const Parts all = bands(a);
-    for (int64_t band = 0; band < all.parts; ++band)
-      bytes = max64(bytes, Pointwise<S, VB>::plan(source_of(a, all.begin(band), all.end(band))).scratch_bytes);
-    return bytes;
-  }
 
   static void run(const Params& a, int, int64_t task, char* memory) {
     const Parts all = bands(a);
@@ -84,22 +80,18 @@ struct Depthwise {
     const S *x, *zero;
   };
 
-  // What makes, of an image, the rows that a band reads.
-  static shvit::PointwiseParams<S> source_of(const Params& a, int64_t begin, int64_t end) {
-    shvit::PointwiseParams<S> source = *a.source;
-    source.images = 1;
-    source.tokens = (end_source_row(a, end) - first_source_row(a, begin)) * a.width;
-    return source;
-  }
-
   static Band band_of(const Params& a, int64_t image, int64_t begin, int64_t end, const Scratch& scratch) {
     if (!a.source) return {image, begin, end, 0, a.x + image * a.height * row_size(a), scratch.zero};
-    const int64_t first = first_source_row(a, begin);
-    shvit::PointwiseParams<S> source = source_of(a, begin, end);
+    const int64_t first = first_source_row(a, begin), tokens = (end_source_row(a, end) - first) * a.width;
+    shvit::PointwiseParams<S> source = *a.source;
     source.x += (image * a.height + first) * a.width * source.inputs;
     source.y = scratch.made;
-    const int64_t tasks = Pointwise<S, VB>::tasks(source).count();
-    for (int64_t task = 0; task < tasks; ++task) Pointwise<S, VB>::run(source, 0, task, scratch.source);
+    const Parts blocks{tokens, ceil_div(tokens, kSourceRows)};
+    for (int64_t block = 0; block < blocks.parts; ++block) {
+      const int64_t row = blocks.begin(block), count = blocks.end(block) - row;
+      Source::prepare(source, row, count, scratch.source);
+      Source::multiply(source, row, count, 0, source.outputs, scratch.source);
+    }
     return {image, begin, end, first, scratch.made, scratch.zero};
   }
 

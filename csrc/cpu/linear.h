@@ -97,7 +97,7 @@ __attribute__((noinline)) void linear_rows(int64_t M, MatrixView<S> x, PackedWei
                                            int64_t end, LinearFinish<S> finish, const PairedScratch& pairs) {
   constexpr int W = kSumLanes<S, VB>, kRows = kTileRows<VB, true>;
   if constexpr (kInPairs<S, VB>) {
-    if (pairs.fits(M)) {
+    if (pairs.exists()) {
       pairs.multiply<VB>(weight.rows, [&](const PairedRows& rows) SHVIT_INLINE_LAMBDA {
         gemm_packed<S, VB, kPairedRows>(M, rows, weight, begin, end, finish);
       });
@@ -124,44 +124,67 @@ struct Pointwise {
     return {a.images * a.tokens, a.outputs, (2 * a.inputs + a.outputs) * static_cast<int64_t>(sizeof(S))};
   }
 
-  // Of a task: rows of x, times the scale, and what pairs need.
-  struct Scratch {
-    S* scaled;
+  // Some rows of x times the scale, and what pairs need.
+  struct Rows {
+    S* scaled = nullptr;
+    int64_t ld = 0;
     PairedScratch pairs;
-    Scratch(Bump& bump, const Params& a) {
-      const int64_t rows = tasks(a).most_rows(), K = a.inputs;
-      scaled = a.scale ? bump.take<S>(rows * K) : nullptr;
-      if (!tasks(a).few()) pairs = PairedScratch::take<S, VB>(bump, rows, K);
+    Rows() = default;
+    Rows(Bump& bump, const Params& a, int64_t most) : ld(row_distance<S>(a.inputs)) {
+      if (a.scale) {
+        scaled = bump.take<S>(most * ld);
+        pairs = PairedScratch::in_place<S, VB>(bump, most, scaled, ld);
+      } else {
+        pairs = PairedScratch::take<S, VB>(bump, most, a.inputs);
+      }
+    }
+    MatrixView<S> of(const Params& a, int64_t first) const {
+      return scaled ? MatrixView<S>{scaled, ld, 1} : MatrixView<S>{a.x + first * a.inputs, a.inputs, 1};
     }
   };
 
+  // Phases: few rows are prepared for all tasks at once, others by the task itself.
+  static constexpr int kPrepare = 0, kMultiply = 1;
+
   static Plan plan(const Params& a) {
-    Plan plan = single_phase<S>(tasks(a).count(), 2 * a.images * a.tokens * a.inputs * a.outputs, 0);
+    const LinearTasks all = tasks(a);
+    Plan plan;
+    plan.phases = 2;
+    plan.flops = 2 * a.images * a.tokens * a.inputs * a.outputs;
+    plan.tasks[kMultiply] = all.count();
     Bump bump(nullptr);
-    Scratch(bump, a);
-    plan.scratch_bytes = bump.used();
+    const Rows rows(bump, a, all.most_rows());
+    if (all.few() && (a.scale || rows.pairs.exists())) plan.tasks[kPrepare] = 1;
+    (all.few() ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
     return plan;
   }
 
-  static void run(const Params& a, int, int64_t task, char* memory) {
-    Bump bump(memory);
-    const Scratch scratch(bump, a);
+  static void run(const Params& a, int phase, int64_t task, char* memory) {
     const LinearTasks all = tasks(a);
-    const int64_t first = all.first_row(task), rows = all.rows_of(task), K = a.inputs;
-    const S* x = a.x + first * K;
+    Bump bump(all.few() ? a.workspace : memory);
+    const Rows rows(bump, a, all.most_rows());
+    const int64_t first = all.first_row(task), count = all.rows_of(task);
+    if (phase == kPrepare || !all.few()) prepare(a, first, count, rows);
+    if (phase == kMultiply) multiply(a, first, count, all.first_column(task), all.end_column(task), rows);
+  }
+
+  static void prepare(const Params& a, int64_t first, int64_t count, const Rows& rows) {
     if (a.scale) {
-      for (int64_t row = 0; row < rows; ++row)
-        multiply_row<VB>(x + row * K, a.scale + (first + row) / a.tokens * K, scratch.scaled + row * K, K);
-      x = scratch.scaled;
+      for (int64_t row = first; row < first + count; ++row)
+        multiply_row<VB>(a.x + row * a.inputs, a.scale + row / a.tokens * a.inputs,
+                         rows.scaled + (row - first) * rows.ld, a.inputs);
     }
-    const int64_t begin = all.first_column(task), end = all.end_column(task);
+    prepare_rows<VB, S>(count, a.inputs, rows.of(a, first), rows.pairs);
+  }
+
+  static void multiply(const Params& a, int64_t first, int64_t count, int64_t begin, int64_t end,
+                       const Rows& rows) {
     S* y = a.y + first * a.outputs;
-    prepare_rows<VB, S>(rows, K, {x, K, 1}, scratch.pairs);
-    linear_rows<VB, S>(rows, {x, K, 1}, {a.weight, K, true}, begin, end,
+    linear_rows<VB, S>(count, rows.of(a, first), {a.weight, a.inputs, true}, begin, end,
                        {a.bias, nullptr, y, a.outputs, a.outputs, a.activation == Activation::kRelu},
-                       scratch.pairs);
+                       rows.pairs);
     if (a.activation == Activation::kSigmoid)
-      for (int64_t row = 0; row < rows; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
+      for (int64_t row = 0; row < count; ++row) sigmoid_row<VB>(y + row * a.outputs + begin, end - begin);
   }
 };
 
@@ -204,7 +227,7 @@ struct Ffn {
     const Memory memory(bump, a);
     if (few) {
       plan.tasks[kContract] = second(a).count();
-      plan.tasks[kPrepare] = plan.tasks[kPrepareHidden] = memory.first_pairs.fits(a.rows) ? 1 : 0;
+      plan.tasks[kPrepare] = plan.tasks[kPrepareHidden] = memory.first_pairs.exists() ? 1 : 0;
     }
     (few ? plan.workspace_bytes : plan.scratch_bytes) = bump.used();
     return plan;

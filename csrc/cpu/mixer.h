@@ -73,7 +73,7 @@ struct Mixer {
     plan.flops += 2 * s.B * s.N * s.C * s.C;
     if (is_staged(a)) {
       workspace.take<char>(attention.workspace_bytes);
-      const bool prepares = Projected(workspace, a).pairs.fits(s.B * s.N) && projection(a).few();
+      const bool prepares = Projected(workspace, a).pairs.exists() && projection(a).few();
       plan.phases = attention.phases + 2;
       plan.tasks[prepare_phase(attention)] = prepares ? 1 : 0;
       plan.tasks[project_phase(attention)] = projection(a).count();

@@ -5,11 +5,12 @@
 //
 // has one multiplication for each element of C, not two, and two additions. What is subtracted belongs to a row
 // of A or to a column of B, and is summed once for each. Of three values two are a pair and one is multiplied
-// as ever: then additions and multiply-adds are as many, and together take two thirds of the time.
+// as ever: then additions and multiply-adds are as many, and together take two thirds of the time. The three
+// lie a third of K apart, as neighbours (tokens, say) are often large together.
 //
-// Sums round by |a|^2 + |b|^2, so a and b must be of like size: columns of packed weights are (kernels.h), rows
-// of A are scaled here, by powers of two. Signs alternate, (a0 - b1)(a1 - b0) = a0 a1 + b0 b1 - (a0 b0 + a1
-// b1), so that what is corrected does not add up.
+// Sums round by |a|^2 + |b|^2, so a and b must be of like size: rows of A and columns of B are divided by
+// powers of two, those of packed weights when they are packed. Signs alternate, (a0 - b1)(a1 - b0) = a0 a1 + b0
+// b1 - (a0 b0 + a1 b1), so that what is corrected does not add up.
 #pragma once
 
 #include "panel.h"
@@ -24,9 +25,12 @@ template <class T, int VB>
 constexpr bool kInPairs = false;
 #endif
 
-// Rows of B that are taken at a time, with both signs, and rows of A: more would not fit into the registers.
+// Rows of B that are taken at a time: three with either sign. Rows of A: more would not fit into the registers.
 constexpr int64_t kPairedDepth = 6;
 constexpr int kPairedRows = 8;
+
+// How far the three values are apart.
+SHVIT_INLINE int64_t paired_distance(int64_t K) { return K / kPairedDepth * (kPairedDepth / 3); }
 
 // Fewer rows do not make up for what is done once for each row and column.
 constexpr int64_t kFewestPairedRows = 16;
@@ -44,33 +48,47 @@ SHVIT_INLINE V magnitude_of(V v) {
   return v < 0 ? -v : v;
 }
 
-// The power of two by which values of a mean magnitude are divided, so that it lies in [0.5, 1), as that of
-// packed weights does; 1 for zeros and what is infinite. Of a vector or a scalar.
+// Mean and largest magnitude of values. Their geometric mean is near the root mean square of dense and of
+// sparse values, and no square of theirs can overflow.
+template <class V>
+struct Size {
+  V mean{}, largest{};
+
+  SHVIT_INLINE void add(V v, float share) {
+    const V magnitude = magnitude_of(v);
+    mean += magnitude * share;
+    largest = vmax(magnitude, largest);
+  }
+};
+
+// The power of two near such a size, by which values are divided. Zeros have the power 0, so that what rounding
+// leaves of them vanishes, and what is not finite has NaN; both are divided by 1. Of a vector or a scalar.
 template <class V>
 struct Power {
   V value, inverse;
-  bool infinite;  // of a scalar
 };
 template <class V>
-SHVIT_INLINE Power<V> power_near(V magnitude) {
+SHVIT_INLINE Power<V> power_near(const Size<V>& size) {
   using Bits = std::conditional_t<sizeof(V) == sizeof(float), uint32_t, Vec<uint32_t, sizeof(V)>>;
-  const auto bits_of = [](auto v) SHVIT_INLINE_LAMBDA {
+  const auto exponent_of = [](V v) SHVIT_INLINE_LAMBDA {
     Bits bits;
     __builtin_memcpy(&bits, &v, sizeof bits);
-    return bits;
+    return bits >> 23;
   };
-  const auto value_of = [](Bits bits) SHVIT_INLINE_LAMBDA {
+  const auto power_of = [](Bits exponent) SHVIT_INLINE_LAMBDA {
+    const Bits bits = exponent << 23;
     V v;
     __builtin_memcpy(&v, &bits, sizeof v);
     return v;
   };
-  const Bits one = Bits{} + 127u, largest = Bits{} + 253u;  // the inverse is a normal number too
-  Bits exponent = (bits_of(magnitude) >> 23) + 1u;
+  constexpr float kNaN = __builtin_nanf("");
+  const Bits one = Bits{} + 127u, largest = Bits{} + 253u;  // whose inverse is a normal number
+  Bits exponent = (exponent_of(size.mean) + exponent_of(size.largest)) / 2 + 1;
+  exponent = exponent > largest ? largest : exponent;
+  const auto finite = exponent_of(size.mean) < 255, ordinary = finite & (size.largest > 0);
   Power<V> power;
-  if constexpr (sizeof(V) == sizeof(float)) power.infinite = exponent > 255;
-  exponent = exponent > 255 ? one : exponent > largest ? largest : exponent == 1 ? one : exponent;
-  power.value = value_of(exponent << 23);
-  power.inverse = value_of((254 - exponent) << 23);
+  power.inverse = power_of(ordinary ? 254 - exponent : one);
+  power.value = finite ? (ordinary ? power_of(exponent) : V{}) : V{} + kNaN;
   return power;
 }
 
@@ -81,13 +99,20 @@ SHVIT_INLINE void scale_columns(float* rows, int64_t ld, int64_t K, int64_t n, f
     using V = decltype(lanes);
     float* at = rows + column;
     const float share = 1.0f / static_cast<float>(K);
-    V mean{};
-    for (int64_t k = 0; k < K; ++k) mean += magnitude_of(load<V>(at + k * ld)) * share;
-    const auto power = power_near(mean);
+    Size<V> size;
+    for (int64_t k = 0; k < K; ++k) size.add(load<V>(at + k * ld), share);
+    const Power<V> power = power_near(size);
     for (int64_t k = 0; k < K; ++k) store(at + k * ld, load<V>(at + k * ld) * power.inverse);
     store(factors + column, power.value);
   });
 }
+
+template <int VB>
+struct LaneSum {
+  Vec<float, VB> lanes{};
+  SHVIT_INLINE void add_product(Vec<float, VB> a, Vec<float, VB> b) { lanes += a * b; }
+  SHVIT_INLINE float sum() const { return sum_lanes<float, VB>(lanes); }
+};
 
 // The left factor: rows divided by factors, which are powers of two, and what is added to the sums of each row.
 struct PairedRows {
@@ -117,53 +142,47 @@ struct PairedRows {
 class PairedScratch {
  public:
   PairedScratch() = default;
-  // For M rows of K values; nothing if products of T are not in pairs.
+  // For M rows of K values at most; nothing if products of T are not in pairs, or those of so few rows.
   template <class T, int VB>
   static PairedScratch take(Bump& bump, int64_t M, int64_t K) {
-    if constexpr (kInPairs<T, VB>) {
-      const int64_t ld = row_distance<T>(K);
-      return in_place<T, VB>(bump, M, bump.take<T>(M * ld), ld);
-    } else {
-      return {};
-    }
+    const int64_t ld = row_distance<T>(K);
+    return are_enough<T, VB>(M) ? in_place<T, VB>(bump, M, bump.take<T>(M * ld), ld) : PairedScratch{};
   }
   // The same for rows that may be scaled where they are.
   template <class T, int VB>
   static PairedScratch in_place(Bump& bump, int64_t M, T* rows, int64_t ld) {
     if constexpr (kInPairs<T, VB>) {
-      return {rows, ld, bump.take<T>(M), bump.take<T>(M), bump.take<T>(M)};
-    } else {
-      return {};
+      if (are_enough<T, VB>(M)) return {rows, ld, bump.take<T>(M), bump.take<T>(M), bump.take<T>(M)};
     }
+    return {};
   }
 
   // The rows from row `i` on.
   PairedScratch from(int64_t i) const {
-    if (!rows_) return {};
-    return {row(i), ld_, corrections_ + i, rests_ + i, factors_ + i};
+    return exists() ? PairedScratch{row(i), ld_, corrections_ + i, rests_ + i, factors_ + i} : PairedScratch{};
   }
 
   float* row(int64_t i) const { return rows_ + i * ld_; }
   int64_t distance() const { return ld_; }
 
-  // Whether M rows are multiplied in pairs.
-  bool fits(int64_t M) const { return rows_ && M >= kFewestPairedRows; }
+  bool exists() const { return ld_ > 0; }  // without memory too, when it is only measured
 
-  // Scales M rows of K values from x, before they are multiplied.
-  template <int VB>
+  // Scales M rows of K values from x, before they are multiplied. Exact: corrections are sums in double, for
+  // rows of weights, whose error all tokens would share.
+  template <int VB, bool Exact = false>
   void prepare(int64_t M, int64_t K, MatrixView<float> x) const {
     for (int64_t i = 0; i < M; ++i) {
       factors_[i] = scale<VB>(x.data + i * x.row_stride, K, row(i));
-      const double sum = correction<VB>(row(i), K);
+      const auto sum = correction<VB, Exact>(row(i), K);
       corrections_[i] = static_cast<float>(sum);
-      rests_[i] = static_cast<float>(sum - static_cast<double>(corrections_[i]));
+      rests_[i] = static_cast<float>(sum - corrections_[i]);
     }
   }
 
   // f(rows of A), K values each.
   template <int VB, class F>
   SHVIT_INLINE void multiply(int64_t K, F f) const {
-    float column_corrections[2 * kLanes<float, VB>];
+    float column_corrections[4 * kLanes<float, VB>];
     f(PairedRows{rows_, ld_, K, corrections_, rests_, factors_, column_corrections});
   }
 
@@ -171,52 +190,49 @@ class PairedScratch {
   template <class F>
   SHVIT_INLINE void each_infinite(int64_t M, F f) const {
     for (int64_t i = 0; i < M; ++i)
-      if (factors_[i] == 0) f(i, MatrixView<float>{row(i), ld_, 1});
+      if (factors_[i] != factors_[i]) f(i, MatrixView<float>{row(i), ld_, 1});
   }
 
  private:
+  template <class T, int VB>
+  static bool are_enough(int64_t M) {
+    return kInPairs<T, VB> && M >= kFewestPairedRows;
+  }
+
   PairedScratch(float* rows, int64_t ld, float* corrections, float* rests, float* factors)
       : rows_(rows), ld_(ld), corrections_(corrections), rests_(rests), factors_(factors) {}
 
-  // to = x / factor. The factor is 0 and to = x where x is not finite.
+  // to = x / factor; the factor is NaN where x is not finite.
   template <int VB>
   static SHVIT_INLINE float scale(const float* x, int64_t K, float* to) {
     using V = Vec<float, VB>;
     constexpr int W = kLanes<float, VB>;
     const float share = 1.0f / static_cast<float>(K);
-    V mean{};
+    Size<V> lanes;
     int64_t k = 0;
-    for (; k + W <= K; k += W) mean += magnitude_of(load<V>(x + k)) * share;
-    if (k < K) mean += magnitude_of(load_some<VB>(x + k, K - k)) * share;
-    const auto power = power_near(static_cast<float>(horizontal_sum<float, VB>(mean)));
+    for (; k + W <= K; k += W) lanes.add(load<V>(x + k), share);
+    if (k < K) lanes.add(load_some<VB>(x + k, K - k), share);
+    const Size<float> size{
+        sum_lanes<float, VB>(lanes.mean),
+        over_lanes<float, VB>(lanes.largest, [](auto a, auto b) SHVIT_INLINE_LAMBDA { return vmax(a, b); })};
+    const Power<float> power = power_near(size);
     for (k = 0; k + W <= K; k += W) store(to + k, load<V>(x + k) * power.inverse);
     if (k < K) store_some<VB>(to + k, load_some<VB>(x + k, K - k) * power.inverse, K - k);
-    return power.infinite ? 0 : power.value;
+    return power.value;
   }
 
-  // Of the pairs of a row: minus the product of the first in every six, plus that of the second. In double:
-  // where rows are weights, an error would be the same for every token.
-  template <int VB>
-  static SHVIT_INLINE double correction(const float* row, int64_t K) {
+  // Of the pairs of a row: minus the product of every even one, plus that of every odd one.
+  template <int VB, bool Exact>
+  static SHVIT_INLINE auto correction(const float* row, int64_t K) {
     using V = Vec<float, VB>;
-    constexpr int W = kLanes<float, VB>, kPeriod = 3 * W;
-    constexpr auto kSigns = [] {
-      struct {
-        float values[kPeriod] = {};
-      } signs;
-      for (int i = 0; i < kPeriod; i += 3) signs.values[i] = i % 2 ? 1 : -1;
-      return signs;
-    }();
-    const int64_t end = K / kPairedDepth * kPairedDepth;
-    WideSum<float, VB> sum;
-    const auto add = [&](V first, V second, int64_t k) SHVIT_INLINE_LAMBDA {
-      const V sign = load<V>(kSigns.values + k % kPeriod), product = first * second;
-      sum.add(sign * product);
-      sum.add(sign * (first * second - product));  // what rounding took, with a multiply-add
-    };
+    constexpr int W = kLanes<float, VB>;
+    V signs;
+    for (int i = 0; i < W; ++i) signs[i] = i % 2 ? 1 : -1;
+    const int64_t n = paired_distance(K);
+    std::conditional_t<Exact, WideSum<float, VB>, LaneSum<VB>> sum;
     int64_t k = 0;
-    for (; k + W < end; k += W) add(load<V>(row + k), load<V>(row + k + 1), k);
-    if (k < end) add(load_some<VB>(row + k, end - k), load_some<VB>(row + k + 1, end - k - 1), k);
+    for (; k + W <= n; k += W) sum.add_product(signs * load<V>(row + k), load<V>(row + n + k));
+    if (k < n) sum.add_product(signs * load_some<VB>(row + k, n - k), load_some<VB>(row + n + k, n - k));
     return sum.sum();
   }
 
@@ -229,8 +245,9 @@ template <int VB, int MR, int NV, bool Ends, bool First, class Finish, class S>
 SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const Finish& finish, Ahead ahead,
                                       EndsAhead<S> ends) const {
   using V = Vec<float, VB>;
-  V acc[MR][NV] = {}, columns[NV] = {};
+  V acc[MR][NV] = {}, columns[NV] = {}, lost[NV] = {};
   const float *ak = data + first * ld, *bk = b.data;
+  const int64_t apart = paired_distance(K);
   const auto row_of = [&](int64_t k, V(&row)[NV]) SHVIT_INLINE_LAMBDA {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) row[j] = load<V>(bk + k * b.row_stride + j * b.vector_stride);
@@ -239,17 +256,20 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
     constexpr bool kNegative = decltype(negative)::value;
     V b0[NV], b1[NV], b2[NV];
     row_of(k, b0);
-    row_of(k + 1, b1);
-    row_of(k + 2, b2);
-    if constexpr (First) {
+    row_of(k + apart, b1);
+    row_of(k + 2 * apart, b2);
+    if constexpr (First) {  // a compensated sum, as all rows will share its error
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j)
-        columns[j] = kNegative ? columns[j] + b0[j] * b1[j] : columns[j] - b0[j] * b1[j];
+      for (int j = 0; j < NV; ++j) {
+        const V more = (kNegative ? b0[j] * b1[j] : -(b0[j] * b1[j])) - lost[j], sum = columns[j] + more;
+        lost[j] = (sum - columns[j]) - more;
+        columns[j] = sum;
+      }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const float* ai = ak + i * ld + k;
-      const V a0 = broadcast<VB>(ai), a1 = broadcast<VB>(ai + 1), a2 = broadcast<VB>(ai + 2);
+      const V a0 = broadcast<VB>(ai), a1 = broadcast<VB>(ai + apart), a2 = broadcast<VB>(ai + 2 * apart);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         acc[i][j] += a2 * b2[j];
@@ -263,18 +283,20 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
   };
   const int64_t lines = (ahead.lines * kPairedDepth + Ahead::kRows - 1) / Ahead::kRows;
   const auto steps = [&](int64_t count, auto with_ends) SHVIT_INLINE_LAMBDA {
-    for (int64_t step = 0; step < count; ++step, ak += kPairedDepth, bk += kPairedDepth * b.row_stride) {
+    for (int64_t step = 0; step < count; ++step, ak += 2, bk += 2 * b.row_stride) {
       for (int64_t i = 0; i < lines && ahead.next < ahead.end; ++i, ahead.next += Ahead::kLine)
         __builtin_prefetch(ahead.next, 0, Ahead::kLevel);
       if constexpr (decltype(with_ends)::value) ends.template next_row<NV * kLanes<float, VB>>();
       three(0, Count<0>{});
-      three(3, Count<1>{});
+      three(1, Count<1>{});
     }
   };
   const int64_t count = K / kPairedDepth, head = Ends ? min64(ends.rows, count) : 0;
   if constexpr (Ends) steps(head, Count<1>{});
   steps(count - head, Count<0>{});
-  for (int64_t k = count * kPairedDepth; k < K; ++k, ++ak, bk += b.row_stride) {
+  ak += 2 * apart;
+  bk += 2 * apart * b.row_stride;
+  for (int64_t k = 3 * apart; k < K; ++k, ++ak, bk += b.row_stride) {
     V row[NV];
     row_of(0, row);
 #pragma GCC unroll 8
@@ -284,11 +306,13 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
   }
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
-    float* at = column_corrections + j * kLanes<float, VB>;
+    float* at = column_corrections + 2 * j * kLanes<float, VB>;
     if constexpr (First) {
       store(at, columns[j]);
+      store(at + kLanes<float, VB>, lost[j]);
     } else {
       columns[j] = load<V>(at);
+      lost[j] = load<V>(at + kLanes<float, VB>);
     }
   }
 #pragma GCC unroll 8
@@ -296,7 +320,8 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
     const float correction = corrections[first + i], rest = rests[first + i], factor = factors[first + i];
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j)
-      acc[i][j] = (acc[i][j] + (columns[j] + correction) + rest) * (finish.template factor<V>(j) * factor);
+      acc[i][j] =
+          (acc[i][j] + (columns[j] + correction) + (rest - lost[j])) * (finish.template factor<V>(j) * factor);
   }
   finish.finish(first, acc);
 }
@@ -304,7 +329,7 @@ SHVIT_INLINE void PairedRows::tile_of(int64_t first, VectorsView<float> b, const
 template <int VB, class S>
 SHVIT_INLINE void prepare_rows(int64_t M, int64_t K, MatrixView<S> x, const PairedScratch& pairs) {
   if constexpr (kInPairs<S, VB>) {
-    if (pairs.fits(M)) pairs.prepare<VB>(M, K, x);
+    if (pairs.exists()) pairs.prepare<VB>(M, K, x);
   }
 }
 

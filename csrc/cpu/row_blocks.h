@@ -98,7 +98,7 @@ SHVIT_INLINE void product_in_pairs(int64_t M, int64_t columns, int64_t K, const 
 constexpr int64_t kFewestPairedTokens = 128;
 template <class T, int VB>
 SHVIT_INLINE bool weight_in_pairs(const Sizes& s, bool channels_last) {
-  return kInPairs<T, VB> && !channels_last && s.B * s.N >= kFewestPairedTokens;
+  return kInPairs<T, VB> && !channels_last && s.C >= kFewestPairedRows && s.B * s.N >= kFewestPairedTokens;
 }
 
 // From one channel to the next, in a block of tokens side by side.
@@ -144,10 +144,10 @@ struct Projection {
     } else if constexpr (kInPairs<T, VB>) {
       const PairedScratch rows = pairs.from(first);
       if (transposed) {
-        rows.template prepare<VB>(n, C, {weight + first * C, C, 1});
+        rows.template prepare<VB, true>(n, C, {weight + first * C, C, 1});
       } else {
         transpose(weight + first, C, C, n, rows.row(0), rows.distance());
-        rows.template prepare<VB>(n, C, {rows.row(0), rows.distance(), 1});
+        rows.template prepare<VB, true>(n, C, {rows.row(0), rows.distance(), 1});
       }
     }
   }

@@ -229,6 +229,12 @@ struct WideSum {
       high += __builtin_convertvector(halves.high, Vec<double, VB>);
     }
   }
+  SHVIT_INLINE void add_product(Vec<T, VB> a, Vec<T, VB> b) {  // exact, of float
+    const Halves<T, VB> as(a), bs(b);
+    using Wide = Vec<double, VB>;
+    low += __builtin_convertvector(as.low, Wide) * __builtin_convertvector(bs.low, Wide);
+    high += __builtin_convertvector(as.high, Wide) * __builtin_convertvector(bs.high, Wide);
+  }
   SHVIT_INLINE double sum() const { return lanes_sum<VB>(low + high); }
 
  private:
@@ -251,16 +257,21 @@ SHVIT_INLINE double horizontal_sum(Vec<T, VB> v) {
   return sum.sum();
 }
 
-template <class T, int VB>
-SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
+// All lanes of a vector by f(a, b), in pairs.
+template <class T, int VB, class F>
+SHVIT_INLINE T over_lanes(Vec<T, VB> v, F f) {
   if constexpr (VB > 16) {
     const Halves<T, VB> halves(v);
-    return sum_lanes<T, VB / 2>(halves.low + halves.high);
+    return over_lanes<T, VB / 2>(f(halves.low, halves.high), f);
   } else {
-    T sum = v[0];
-    for (int i = 1; i < kLanes<T, VB>; ++i) sum += v[i];
-    return sum;
+    T result = v[0];
+    for (int i = 1; i < kLanes<T, VB>; ++i) result = f(result, v[i]);
+    return result;
   }
+}
+template <class T, int VB>
+SHVIT_INLINE T sum_lanes(Vec<T, VB> v) {
+  return over_lanes<T, VB>(v, [](auto a, auto b) SHVIT_INLINE_LAMBDA { return a + b; });
 }
 
 // exp(x) for x <= 0 or NaN, within an ulp; exactly 0 below the logarithm of the smallest normal number.

@@ -179,8 +179,8 @@ class Case:
     dtype: torch.dtype
     flops: int
     """Floating-point operations of one call, by the definition of its layers, also where Winograd's filtering and
-    products in pairs save some, so that more than the peak of multiply-adds can be reached; a training step counts three
-    times the forward."""
+    products in pairs save some, so that more than the peak of multiply-adds can be reached; a training step counts
+    three times the forward."""
     module: Callable[[], nn.Module]
     """Makes ours, in float32 on the CPU."""
 
