@@ -130,7 +130,9 @@ def _pointwise_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.Module | None]
     found = conv_and_norm(module)
     if found is None:
         return None
-    conv = found[0]
+    conv, bn = found
+    if bn is not None and len({t is None for t in _statistics(bn)}) > 1:  # PyTorch refuses one without the other
+        return None
     padding = conv.padding in ((0, 0), "valid", "same")
     return found if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and padding and conv.groups == 1 else None
 
@@ -149,10 +151,7 @@ def _buffer(bn: nn.Module, name: str) -> Tensor | None:
 
 def _statistics(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance."""
-    mean, variance = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
-    if (mean is None) != (variance is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    return mean, variance
+    return _buffer(bn, "running_mean"), _buffer(bn, "running_var")
 
 
 def _norm(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
