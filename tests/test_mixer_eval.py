@@ -12,7 +12,7 @@ from shvit_kernels.backends import cpu, eager
 from shvit_kernels.stock import StockSHSA
 from tests.support import native as native_tier
 from tests.support.cases import BATCH_NORMS, CORNERS, STRIDES, Case, covering_set, mixer_eval_call, named
-from tests.support.numerics import Call, assert_parity, expect
+from tests.support.numerics import Call, assert_parity, assert_same_non_finite, expect
 from tests.support.operators import operators_called
 
 pytestmark = native_tier.needs_native
@@ -144,6 +144,22 @@ def test_a_nan_stays_in_its_image(layout):
         inputs["x"][1, channel, 2, 3] = torch.nan
         y = call.function(**inputs, backend=BACKEND)["y"]
         assert y.isnan().sum() == poisoned * y.shape[1] and y[1].isnan().any()
+
+
+@pytest.mark.parametrize("variant", native_tier.each_variant(native_tier.PAIRED_VARIANTS))
+@each_layout
+@pytest.mark.parametrize("name, value", [("x", float("inf")), ("x", float("nan")), ("proj_weight", float("nan"))])
+def test_what_is_not_finite_stays_where_the_specification_has_it(name, value, layout, variant):
+    call = mixer_eval_call(Case(P=10, B=2, N=257, beyond=22, layout=layout))
+    poisoned = call.inputs[name]
+    if name == "x":
+        poisoned[1, 12].view(-1)[130] = value
+    else:
+        poisoned[12, 5] = value
+    with native_tier.instruction_set(variant):
+        y = call.run(BACKEND, ())["y"]
+    assert_same_non_finite(y, call.run("eager", ())["y"])
+    assert 0 < y.isfinite().sum() < y.numel()
 
 
 def arguments(case: Case, *pair: str) -> tuple:

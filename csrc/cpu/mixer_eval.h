@@ -137,13 +137,13 @@ struct MixerEval {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(block), begin = channels.begin;
     gather_channels<T, VB>(a.attention, blocks, block, workspace.attended, scratch.y, ld(a));
-    const LinearFinish<T> finish = into_rows(scratch.p, tokens, ld(a));
     if (weight_in_pairs<T, VB>(s, false)) {
       product_in_pairs<T, VB>(channels.end - begin, tokens, s.C, workspace.projection.pairs.from(begin),
-                              scratch.y, ld(a), finish, scratch.factors);
+                              scratch.y, ld(a), scratch.p, scratch.factors);
     } else {
       const WholeRows<T> weight{{static_cast<const T*>(a.projection.weight) + begin * s.C, s.C, 1}, s.C};
-      product_of_columns<T, VB>(channels.end - begin, tokens, weight, scratch.y, ld(a), finish);
+      product_of_columns<T, VB>(channels.end - begin, tokens, weight, scratch.y, ld(a),
+                                into_rows(scratch.p, tokens, ld(a)));
     }
     blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
       for (int64_t c = begin; c < channels.end; ++c)

@@ -231,13 +231,12 @@ struct MixerTrainForward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(task), distance = block_distance<T, VB>(s);
     gather_channels<T, VB>(a.attention, blocks, task, workspace.attended, scratch.y, distance);
-    const LinearFinish<T> finish = into_rows(scratch.p, tokens, distance);
     if (weight_in_pairs<T, VB>(s, false)) {
-      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.y, distance, finish,
+      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.y, distance, scratch.p,
                               scratch.factors);
     } else {
       product_of_columns<T, VB>(s.C, tokens, WholeRows<T>{{static_cast<const T*>(a.proj_weight), s.C, 1}, s.C},
-                                scratch.y, distance, finish);
+                                scratch.y, distance, into_rows(scratch.p, tokens, distance));
     }
     measure_rows<VB>(workspace.channels, task, scratch.p, tokens, distance);
     blocks.pieces(task, [&](const RowBlocks::Piece& piece) {
@@ -360,15 +359,15 @@ struct MixerTrainBackward {
     }
   };
 
-  // In NCHW order products are in pairs if it is worth it; with tokens in rows the corrections of the weight's
-  // columns, which are sums in float, would give all tokens the same error.
+  // dW, and in NCHW order dy, are in pairs if it is worth it. With tokens in rows the left factor of dW would
+  // have to be transposed.
   static bool in_pairs(const Params& a) { return weight_in_pairs<T, VB>(sizes(a), a.attention.channels_last); }
 
   // Of a block: dp, rows of channels, packed tokens or (in pairs) channels of tokens; dy, rows of channels or
-  // channels of tokens; y, packed rows of channels. dp by channel, which dW needs in pairs.
+  // channels of tokens; y, packed rows of channels. What pairs need: for dW a copy of dp, for dy dp itself.
   struct Scratch {
     T *dp, *dy, *y, *factors;
-    PairedScratch channels;
+    PairedScratch channels, rows;
     Scratch(Bump& bump, const Params& a) {
       const int64_t most = blocks_of(a).most_rows, values = most * ld(a), C = sizes(a).C;
       const bool in_rows = a.attention.channels_last;
@@ -377,6 +376,7 @@ struct MixerTrainBackward {
       y = bump.take<T>(a.dproj_weight ? (most + 1) * round_up(C, kPanel) : 0);
       factors = bump.take<T>(in_rows ? 0 : distance(a));
       if (in_pairs(a) && a.dproj_weight) channels = PairedScratch::take<T, VB>(bump, C, most);
+      if (in_rows) rows = PairedScratch::in_place<T, VB>(bump, most, dp, ld(a));
     }
   };
   static int64_t distance(const Params& a) {
@@ -555,13 +555,8 @@ struct MixerTrainBackward {
     } else {
       tokens_through_norm(a, block, scratch.dy, scratch.dp, workspace);
     }
-    if constexpr (kInPairs<T, VB>) {
-      if (in_pairs(a) && a.dproj_weight)  // before dp is scaled for dy
-        scratch.channels.template prepare<VB>(sizes(a).C, blocks_of(a).rows(block),
-                                              {scratch.dp, distance(a), 1});
-    }
-    if (needs_attention(a)) through_projection(a, block, scratch, workspace);
     if (a.dproj_weight) add_weight(a, block, part, scratch, workspace);
+    if (needs_attention(a)) through_projection(a, block, scratch, workspace);  // scales dp where it is
   }
 
   static void through_projection(const Params& a, int64_t block, const Scratch& scratch,
@@ -570,15 +565,15 @@ struct MixerTrainBackward {
     const RowBlocks blocks = blocks_of(a);
     const int64_t tokens = blocks.rows(block), rows = distance(a);
     const bool by_channel = !a.attention.channels_last;
-    const LinearFinish<T> finish = into_rows(scratch.dy, by_channel ? tokens : s.C, rows);
     if (!by_channel) {
-      project<T, VB>(tokens, {scratch.dp, rows, 1}, workspace.projection.right(s), 0, s.C, finish, {});
+      project<T, VB>(tokens, {scratch.dp, rows, 1}, workspace.projection.right(s), 0, s.C,
+                     into_rows(scratch.dy, s.C, rows), scratch.rows);
     } else if (in_pairs(a)) {
-      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.dp, rows, finish,
+      product_in_pairs<T, VB>(s.C, tokens, s.C, workspace.projection.pairs, scratch.dp, rows, scratch.dy,
                               scratch.factors);
     } else {
       product_of_packed<T, VB>(s.C, WholeRows<T>{{typed(a.proj_weight), 1, s.C}, s.C},
-                               PackedRows<T>{scratch.dp, s.C}, 0, tokens, finish);
+                               PackedRows<T>{scratch.dp, s.C}, 0, tokens, into_rows(scratch.dy, tokens, rows));
     }
     blocks.pieces(block, [&](const RowBlocks::Piece& piece) {
       const ImageView<const T> dy{scratch.dy + piece.row * (by_channel ? 1 : rows), by_channel ? rows : 1,
@@ -606,7 +601,7 @@ struct MixerTrainBackward {
     const LinearFinish<T> finish{nullptr, earlier, sum, s.C, s.C, false};
     const PackedRows<T> y{scratch.y, tokens};
     if (in_pairs(a)) {
-      add_weight_in_pairs(s.C, tokens, scratch, finish);
+      add_weight_in_pairs(a, tokens, scratch, finish);
     } else if (a.attention.channels_last) {
       product_of_packed<T, VB>(s.C, WholeRows<T>{{scratch.dp, 1, ld(a)}, tokens}, y, 0, s.C, finish);
     } else {
@@ -614,13 +609,16 @@ struct MixerTrainBackward {
     }
   }
 
-  static void add_weight_in_pairs(int64_t C, int64_t tokens, const Scratch& scratch, LinearFinish<T> finish) {
+  static void add_weight_in_pairs(const Params& a, int64_t tokens, const Scratch& scratch,
+                                  LinearFinish<T> finish) {
     if constexpr (kInPairs<T, VB>) {
+      const int64_t C = sizes(a).C;
       const PackedWeights<T> y{scratch.y, tokens};
       for (int64_t c = 0; c < C; c += kPanel) {
         T* panel = scratch.y + c / kPanel * y.panel();
         scale_columns<VB>(panel, kPanel, tokens, kPanel, panel + tokens * kPanel);
       }
+      scratch.channels.template prepare<VB>(C, tokens, {scratch.dp, distance(a), 1});
       scratch.channels.template multiply<VB>(tokens, [&](const PairedRows& dp) SHVIT_INLINE_LAMBDA {
         gemm_packed<T, VB, kPairedRows>(C, dp, y, 0, C, finish);
       });

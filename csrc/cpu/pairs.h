@@ -163,6 +163,8 @@ class PairedScratch {
   }
 
   float* row(int64_t i) const { return rows_ + i * ld_; }
+  float factor(int64_t i) const { return factors_[i]; }
+  bool is_infinite(int64_t i) const { return factors_[i] != factors_[i]; }
   int64_t distance() const { return ld_; }
 
   bool exists() const { return ld_ > 0; }  // without memory too, when it is only measured
@@ -190,7 +192,7 @@ class PairedScratch {
   template <class F>
   SHVIT_INLINE void each_infinite(int64_t M, F f) const {
     for (int64_t i = 0; i < M; ++i)
-      if (factors_[i] != factors_[i]) f(i, MatrixView<float>{row(i), ld_, 1});
+      if (is_infinite(i)) f(i, MatrixView<float>{row(i), ld_, 1});
   }
 
  private:

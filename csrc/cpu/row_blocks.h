@@ -80,16 +80,29 @@ __attribute__((noinline)) void product_of_columns(int64_t M, int64_t columns, A 
   if constexpr (kHalf > 0) columns_of_rows<T, VB / 2, MR, 1>(M, a, rows, ld, n, columns, 0, finish, factors);
 }
 
-// The same in pairs: of prepared rows, and columns that are scaled where they are. `factors`: scratch,
-// [columns].
+// y = A rows in pairs: A's rows are prepared, the columns of `rows` are scaled where they are. Rows of y are as
+// far apart. `factors`: scratch, [columns].
 template <class T, int VB>
 SHVIT_INLINE void product_in_pairs(int64_t M, int64_t columns, int64_t K, const PairedScratch& pairs, T* rows,
-                                   int64_t ld, LinearFinish<T> finish, T* factors) {
+                                   int64_t ld, T* y, T* factors) {
   if constexpr (kInPairs<T, VB>) {
     scale_columns<VB>(rows, ld, K, columns, factors);
     pairs.multiply<VB>(K, [&](const PairedRows& left) SHVIT_INLINE_LAMBDA {
-      product_of_columns<T, VB>(M, columns, left, rows, ld, finish, factors);
+      product_of_columns<T, VB>(M, columns, left, rows, ld, into_rows(y, columns, ld), factors);
     });
+    // Of infinities the sums in pairs know nothing.
+    const auto value = [&](int64_t i, int64_t column, T factor) {
+      T sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += pairs.row(i)[k] * rows[k * ld + column];
+      y[i * ld + column] = sum * factor;
+    };
+    pairs.each_infinite(M, [&](int64_t i, MatrixView<T>) {
+      for (int64_t column = 0; column < columns; ++column) value(i, column, factors[column]);
+    });
+    for (int64_t column = 0; column < columns; ++column) {
+      if (factors[column] == factors[column]) continue;
+      for (int64_t i = 0; i < M; ++i) value(i, column, pairs.is_infinite(i) ? T(1) : pairs.factor(i));
+    }
   }
 }
 

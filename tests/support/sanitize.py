@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8"]
 PYTEST += ["--import-mode=append", "--capture=sys"]  # what a sanitizer writes before it ends the process is shown
 TESTS = [
-    *(f"tests/test_{name}.py" for name in ("sanitized", "fused_operators", "fuzz")),
+    *(f"tests/test_{name}.py" for name in ("sanitized", "fused_operators", "pairs", "fuzz")),
     *(f"tests/test_{name}.py" for name in ("shsa", "shsa_eval", "shsa_train", "partial_moments")),
     *(f"tests/test_{name}.py" for name in ("mixer_train", "mixer_eval", "running_statistics")),
     "tests/test_operators.py::test_python_threads_at_once",
