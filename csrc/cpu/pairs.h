@@ -85,7 +85,8 @@ SHVIT_INLINE Power<V> power_near(const Size<V>& size) {
   const Bits one = Bits{} + 127u, largest = Bits{} + 253u;  // whose inverse is a normal number
   Bits exponent = (exponent_of(size.mean) + exponent_of(size.largest)) / 2 + 1;
   exponent = exponent > largest ? largest : exponent;
-  const auto finite = exponent_of(size.mean) < 255, ordinary = finite & (size.largest > 0);
+  const auto finite = exponent_of(size.mean) < 255;
+  const auto ordinary = finite & (size.largest > 0);
   Power<V> power;
   power.inverse = power_of(ordinary ? 254 - exponent : one);
   power.value = finite ? (ordinary ? power_of(exponent) : V{}) : V{} + kNaN;
