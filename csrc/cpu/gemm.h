@@ -364,7 +364,6 @@ struct ColumnsFrom {
 // before it are computed. Behind the last of it lies what the next layer reads.
 template <class T, bool Scaled>
 struct Packed {
-  static constexpr bool kScaled = Scaled;
   const T* data;
   int64_t rows;
   bool from_memory = false;
