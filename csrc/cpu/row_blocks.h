@@ -10,14 +10,16 @@
 namespace {
 
 // Blocks of the tokens of all images, one after another. Each has partial sums of its own. Rows of channels
-// stay in the second-level cache; tokens side by side fill whole vectors better when there are more of them.
+// stay in the second-level cache; tokens side by side fill whole vectors better when there are more of them,
+// and what is done once for each block costs less.
 struct RowBlocks {
-  static constexpr int64_t kFewestRows = 64;
+  static constexpr int64_t kFewestRows = 64, kFewestOfMany = 128, kMany = 256;
   int64_t N, tokens, most_rows, count;  // tokens of an image, of all; rows of a block, but for the last; blocks
 
   RowBlocks(const Sizes& s, bool channels_last) : N(s.N), tokens(s.B * s.N) {
     const int64_t most = channels_last ? 128 : 256, enough = channels_last ? 8 : 4;  // for some threads
-    most_rows = round_up(max64(kFewestRows, min64(most, ceil_div(tokens, enough))), 2 * kPanel);
+    const int64_t fewest = !channels_last && tokens >= kMany ? kFewestOfMany : kFewestRows;
+    most_rows = round_up(max64(fewest, min64(most, ceil_div(tokens, enough))), 2 * kPanel);
     count = ceil_div(tokens, most_rows);
   }
   int64_t first_row(int64_t block) const { return block * most_rows; }
