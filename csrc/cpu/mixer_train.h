@@ -7,8 +7,9 @@
 //
 // Products are of matrices in the order of x: tokens are rows of channels (channels_last) and the weights are
 // packed, or channels are rows of tokens (NCHW), several images side by side, and dp is packed, 16 tokens side
-// by side. Only the y of dW is packed by channels in both. The forward keeps p, in the order of x; the backward
-// makes y once more. A block of dp and y is used for dx and dW while it is in cache, and then dropped.
+// by side, unless products are in pairs (pairs.h). Only the y of dW is packed by channels in both. The forward
+// keeps p, in the order of x; the backward makes y once more. A block of dp and y is used for dW and dx while
+// it is in cache, and then dropped.
 #pragma once
 
 #include "row_blocks.h"
